@@ -1,0 +1,104 @@
+"""The paged KV cache on the device: write into it, copy inside it, attend over it (paper 5.1).
+
+One block is `block_size` slots; a slot holds one token's K and V of one layer. The engine hands
+over three maps, and nothing here knows what a request is:
+
+    slot_mapping  (T,)    where each new token's K and V go: block_id * block_size + offset
+    block_tables  (S, M)  the blocks of each sequence, in the order of its text
+    query_start   (S+1,)  sequence s owns rows query_start[s] : query_start[s+1] of the flat batch
+
+Each operation stands here as a `_reference` in plain torch. It runs on any device, is what the
+engine calls on a CPU, and says what the operation *means*.
+
+Dimension key: T tokens of the flat batch, S sequences, M blocks of a table row, N blocks of the
+pool, B block size, H query heads, K KV heads, D head_dim, L layers.
+"""
+
+import torch
+import torch.nn.functional as F
+
+# Queries are attended in runs of at most this many, so the mask of a long prompt stays small:
+# 512 x 8,192 keys are 16 MB as float32, where 8,192 x 8,192 would be 268 MB.
+MAX_QUERY_RUN = 512
+
+
+def new_kv_cache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, device):
+    """The whole KV cache as one tensor (L, 2, N, B, K, D); index 1 picks K (0) or V (1).
+
+    Uninitialised on purpose: no slot is read before its token was written, so on a CPU the
+    memory of a block is not even touched until a sequence needs the block.
+    """
+    shape = (num_layers, 2, num_blocks, block_size, num_kv_heads, head_dim)
+    return torch.empty(shape, dtype=dtype, device=device)
+
+
+def write_kv_reference(k, v, k_cache, v_cache, slot_mapping):
+    """Store the K and V of T tokens in their slots.
+
+    Shapes: k, v (T, K, D); k_cache, v_cache (N, B, K, D), any strides; slot_mapping (T,) int64.
+    """
+    block_size = k_cache.shape[1]
+    block_ids, offsets = slot_mapping // block_size, slot_mapping % block_size
+    k_cache[block_ids, offsets] = k
+    v_cache[block_ids, offsets] = v
+
+
+def _query_runs(context_lens, query_start):
+    """Cut the flat batch into runs of queries; like runs share one dense attention.
+
+    -> {(num_queries, size class): [(sequence, first row, context of the run), ...]}
+
+    All decodes have one query, so they fall together. The size class is the bit length of the
+    context: contexts in a class differ by less than 2x, so padding at most doubles the work,
+    and one sequence of 8,000 tokens never pads a hundred of 50.
+    """
+    runs, starts = {}, query_start.tolist()
+    for seq, context_len in enumerate(context_lens.tolist()):
+        end = starts[seq + 1]
+        for row in range(starts[seq], end, MAX_QUERY_RUN):
+            num_queries = min(MAX_QUERY_RUN, end - row)
+            context = context_len - (end - row - num_queries)   # what the run's last query sees
+            key = num_queries, context.bit_length()
+            runs.setdefault(key, []).append((seq, row, context))
+    return runs
+
+
+def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, query_start, *,
+                              max_query_len, scale, out=None):
+    """Causal attention of each sequence's new queries over its own blocks (paper, Eq. 4).
+
+    The last query of sequence s sits at position context_lens[s] - 1. Prefill chunks, decodes
+    and any mix of them are the same call: a decode is a sequence with one query.
+
+    Shapes: q (T, H, D); k_cache, v_cache (N, B, K, D), any strides; block_tables (S, M);
+        context_lens (S,), this step's tokens included; query_start (S+1,) -> (T, H, D).
+        max_query_len is the kernel's launch hint; the reference does not need it.
+    Cost: copies the K and V that are read, never the rest of the cache.
+    """
+    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
+    out = torch.empty_like(q) if out is None else out
+    for (num_queries, _), run in _query_runs(context_lens, query_start).items():
+        seqs, first_row, context = torch.tensor(run, device=q.device).T
+        key_position = torch.arange(int(context.max()), device=q.device)            # (C,)
+        # Past a sequence's end its last token is read again and masked: a slot never written
+        # may hold NaN, and 0 * NaN is NaN. The table's padding is not followed either.
+        readable = torch.minimum(key_position, context[:, None] - 1)                # (S, C)
+        block_ids = block_tables[seqs].long().gather(1, readable // block_size)
+        slots = block_ids * block_size + readable % block_size
+        k, v = (cache.reshape(-1, num_kv_heads * head_dim)      # a view, in new_kv_cache's layout
+                .index_select(0, slots.flatten()).view(*slots.shape, num_kv_heads, head_dim)
+                .transpose(1, 2) for cache in (k_cache, v_cache))                   # (S, K, C, D)
+
+        query = torch.arange(num_queries, device=q.device)
+        rows = first_row[:, None] + query                                           # (S, Q)
+        query_position = (context[:, None] - num_queries + query)[:, :, None]       # (S, Q, 1)
+        causal = key_position <= query_position                                     # (S, Q, C)
+        # The H / K query heads that share a KV head become rows of one matrix, so its K and V
+        # are read once for all of them and never repeated in memory.
+        packed = q[rows].unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)    # (S, K, G, Q, D)
+        group = packed.shape[2]
+        mask = causal[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]     # (S, 1, GQ, C)
+        y = F.scaled_dot_product_attention(packed.flatten(2, 3), k, v, mask, scale=scale)
+        y = y.unflatten(2, (group, num_queries)).permute(0, 3, 1, 2, 4)             # (S, Q, K, G, D)
+        out[rows] = y.reshape(len(run), num_queries, -1, head_dim)
+    return out

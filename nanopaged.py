@@ -1,0 +1,1461 @@
+"""nanopaged: PagedAttention in one file.
+
+Serving a language model is bound by the memory of its KV cache. Reserved as one contiguous piece
+for the longest output a request could have, 60-80% of it holds nothing. PagedAttention (Kwon et
+al., SOSP 2023, arXiv 2309.06180: "the paper" below) cuts the cache into blocks of block_size
+tokens, hands them out one by one as text grows, and finds them again through a block table:
+
+      prompt --> tokenizer --> Sequence                    token_ids: Four score and seven years ago our
+                                  |                        block_table: [7, 1]      (B = 4, num_kv = 7)
+                                  v
+      waiting [..] --> Scheduler.schedule() <--- preempt --- running [..]        who runs, and how far
+                                  |
+                                  v                 0       1       2 ...     7
+                            BlockPool             +-------+-------+---     +-------+
+                            free list,            |       |years  |        |Four   |
+                            ref counts            |       |ago our|        |score..|
+                                  |               +-------+-------+---     +-------+
+                                  v                       the KV cache, N blocks of B slots
+                flat batch of T tokens: input_ids, positions, slot_mapping, block_tables
+                                  |
+                                  v
+          Decoder: each layer writes K, V into its slots, then attends through the block table
+                                  |
+                                  v
+                 logits --> sampler --> one more token --> text --> RequestOutput
+
+One Engine.step() is one trip down this figure. The file is in that order and each name is defined
+before it is used, so it reads from the top: 2 config and weights, 3 tokenizer, 4 sequences,
+5 block pool, 6 scheduler, 7 batch, 8 model, 9 sampler, 10 engine, 11 LLM and command line.
+
+Dimension key: T tokens of the flat batch, S sequences, M blocks of a block-table row, N blocks of
+the pool, B block size (batch is never B), E hidden size, H query heads, K KV heads, D head_dim,
+L layers, V vocabulary.
+
+Two counts run through everything. num_tokens is every token a sequence knows; num_kv is how many
+of them have their K and V in the cache. After a step they differ by one: the token just sampled
+is known, and its K and V are computed by the next step. (Prefill is just the case where they
+differ by more, and preemption by recompute sets num_kv back to 0 and keeps the tokens.)
+
+Invariants, asserted by BlockPool.check() and Scheduler.check(), which tests call after each step:
+  I1  ref_count[b] is the number of block-table rows that hold b.
+  I2  every block is free exactly once, or held: free + held = N.
+  I3  a block that is written in a step has ref_count 1.
+  I4  a sequence holds exactly ceil(num_kv / B) blocks.
+  I5  a failed operation changes nothing: capacity is checked before the first mutation.
+  I6  (prefix cache: not built yet)
+  I7  a group is preempted and resumed whole; a request that can never fit is refused when added.
+"""
+
+import argparse
+import base64
+import codecs
+import functools
+import hashlib
+import inspect
+import itertools
+import json
+import math
+import os
+import random
+import re
+import string
+import sys
+import time
+import warnings
+from collections import deque
+from dataclasses import asdict, dataclass, fields
+from enum import Enum
+from pathlib import Path
+
+import regex
+import requests
+import tiktoken
+from jinja2 import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from safetensors import SafetensorError, safe_open
+
+with warnings.catch_warnings():    # torch mentions that numpy, which nothing here uses, is absent
+    warnings.simplefilter("ignore")
+    import torch
+    import torch.nn.functional as F
+    from torch import nn
+
+    import kernels
+
+# ================================================================================================
+# 2. Config and weights
+#    in: a folder as Hugging Face lays it out, or a repo id      out: ModelConfig, filled parameters
+#
+#    Only config.json and safetensors are read: data, never code. A pickle (.bin) could run a
+#    program when it is opened. Every tensor of the checkpoint is matched by name and shape first.
+# ================================================================================================
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+FAMILIES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama"}
+
+# GPT-2's names in config.json for what LLaMA's, and here ModelConfig, calls otherwise.
+GPT2_KEYS = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_inner": "intermediate_size",
+             "n_head": "num_attention_heads", "n_positions": "max_position_embeddings",
+             "layer_norm_epsilon": "rms_norm_eps"}
+
+# Settings that would change the arithmetic, with the values that this decoder computes.
+COMPUTED = {
+    "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "hidden_act": ("silu",),
+    "sliding_window": (None,), "quantization_config": (None,), "scale_attn_weights": (True,),
+    "scale_attn_by_inverse_layer_idx": (False,), "rope_type": ("default", "linear", "llama3"),
+}
+
+
+def require(ok, name, value, allowed):
+    """The one form of our complaints: what it is about, what was given, what is allowed."""
+    if not ok:
+        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+
+
+def is_int(value, low, high=math.inf):
+    return type(value) is int and low <= value <= high
+
+
+def read_json(path):
+    """The JSON object in a file; a ValueError that names the file where there is none."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:       # broken UTF-8, broken JSON, or not an object
+        raise ValueError(f"{path}: not a JSON object ({error})") from None
+
+
+@dataclass
+class ModelConfig:
+    """A decoder's sizes and switches, in the words of LLaMA's config.json, for both families."""
+    family: str                            # "gpt2" or "llama"
+    vocab_size: int                        # V
+    hidden_size: int                       # E
+    num_hidden_layers: int                 # L
+    num_attention_heads: int               # H
+    max_position_embeddings: int           # longest context the model was made for
+    intermediate_size: int = 0             # width of the MLP; 0: 4 E
+    num_key_value_heads: int = 0           # K; H / K query heads share one (GQA); 0: H
+    head_dim: int = 0                      # D; H * D need not be E; 0: E / H
+    rms_norm_eps: float = 1e-5
+    tie_word_embeddings: bool = False      # the output matrix is the embedding
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    dtype: str = "float32"                 # of the checkpoint
+    rope: dict = None                      # rope_theta, rope_type and the settings of that type
+    eos_token_id: int | list[int] = ()     # any of them ends a text
+
+    def __post_init__(self):
+        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
+        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
+        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        self.eos_token_id = [self.eos_token_id] if is_int(self.eos_token_id, 0) else self.eos_token_id
+        for f in fields(self):
+            if f.type is int:
+                require(is_int(getattr(self, f.name), 1), f.name, getattr(self, f.name), "at least 1")
+        require(self.num_attention_heads % self.num_key_value_heads == 0, "num_key_value_heads",
+                self.num_key_value_heads, f"a divisor of {self.num_attention_heads} query heads")
+        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even")
+        require(self.dtype in DTYPES, "dtype", self.dtype, " or ".join(DTYPES))
+
+
+def load_config(folder):
+    """Read config.json, and the end-of-text ids of generation_config.json -> ModelConfig.
+
+    Raises: ValueError that names file, key, value and what is supported.
+    """
+    path, generation = folder / "config.json", folder / "generation_config.json"
+    raw = {GPT2_KEYS.get(key, key): value for key, value in read_json(path).items()}
+    if generation.is_file():
+        raw |= {k: v for k, v in read_json(generation).items() if k == "eos_token_id"}
+    # transformers 5 writes rope_parameters; before, rope_theta stood beside rope_scaling
+    rope = {"rope_theta": raw.get("rope_theta") or 10000.0,
+            **(raw.get("rope_parameters") or raw.get("rope_scaling") or {})}
+    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    raw |= {"rope": rope, "rope_type": rope["rope_type"],
+            "dtype": raw.get("dtype") or raw.get("torch_dtype")}
+    arch = (raw.get("architectures") or [None])[0]
+    require(arch in FAMILIES, f"{path}: architecture", arch, " or ".join(FAMILIES))
+    for key, computed in COMPUTED.items():
+        require(raw.get(key, computed[0]) in computed, f"{path}: {key}", raw.get(key),
+                " or ".join(map(str, computed)))
+    if FAMILIES[arch] == "gpt2":
+        raw = {"tie_word_embeddings": True, **raw, "attention_bias": True, "mlp_bias": True}
+    given = {f.name: raw[f.name] for f in fields(ModelConfig) if raw.get(f.name) is not None}
+    try:
+        return ModelConfig(family=FAMILIES[arch], **given)
+    except (TypeError, ValueError, ArithmeticError) as error:      # missing, wrong type, wrong value
+        raise ValueError(f"{path}: {error}") from None
+
+
+def checkpoint_files(folder):
+    """The safetensors files of a folder: the shards that the index names, or the single file."""
+    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file():
+        names = {str(name) for name in read_json(index).get("weight_map", {}).values()}
+    for name in sorted(names):
+        require(Path(name).name == name, f"{index}: file", name, "a plain name in the same folder")
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder}: {name} is missing; weights are read from safetensors"
+                                    " alone, as a pickle (.bin) can run code when it is opened")
+    return [folder / name for name in sorted(names)]
+
+
+def find_tensors(folder, wanted, is_ignored):
+    """Where each of `wanted`, {name: tensor of the right shape}, is -> {name: (file, key in it)}.
+
+    Raises: ValueError that names tensor, file and shapes if one is missing, unexpected or of
+        another shape. Only the files' headers are read.
+    """
+    places, files = {}, checkpoint_files(folder)
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a complete safetensors file ({error}); "
+                             "download it again") from None
+        for key, shape in shapes.items():
+            name = key.removeprefix("transformer.")
+            if not is_ignored(name):
+                require(name in wanted and name not in places, f"{path}: tensor", key,
+                        "one that such a model has, and only once")
+                require(shape == wanted[name].shape, f"{path}: shape of {key}", shape,
+                        f"{tuple(wanted[name].shape)} by config.json")
+                places[name] = path, key
+    for name in wanted.keys() - places.keys():
+        raise ValueError(f"{folder}: tensor {name} {tuple(wanted[name].shape)} is missing in "
+                         f"{', '.join(path.name for path in files)}")
+    return places
+
+
+def load_tensors(folder, wanted, is_ignored):
+    """Fill `wanted` from the folder's safetensors; dtype, device and layout are its tensors' own.
+
+    Cost: files are mapped, not read, and the mapping is dropped after each tensor, so that the
+    host never holds more than one tensor beside the destination.
+    """
+    for name, (path, key) in find_tensors(folder, wanted, is_ignored).items():
+        with safe_open(path, "pt") as file:
+            wanted[name].copy_(file.get_tensor(key))
+
+
+# What a model needs of a repository. Names are matched whole, so none can leave the folder.
+REPO_FILES = re.compile(r"(generation_|tokenizer_)?config\.json|(tokenizer|vocab)\.json|merges\.txt"
+                        r"|tokenizer\.model|chat_template\.jinja"
+                        r"|model[\w.-]*\.safetensors(\.index\.json)?")
+
+
+def download(repo_id):
+    """The folder of a Hugging Face repository, downloaded on first use.
+
+    HF_ENDPOINT and HF_TOKEN are honoured; NANOPAGED_CACHE names another cache folder. A finished
+    repository is used without asking the network again.
+    Raises: OSError with one line: offline, no such repository, no permission, damaged file.
+    """
+    cache = Path(os.environ.get("NANOPAGED_CACHE") or "~/.cache/nanopaged").expanduser()
+    folder = cache / repo_id.replace("/", "--")
+    receipt = folder / "downloaded.json"           # written last: the rest is whole
+    if not receipt.is_file():
+        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+        info = _get(f"{endpoint}/api/models/{repo_id}/revision/main?blobs=true").json()
+        files = [file for file in info["siblings"] if REPO_FILES.fullmatch(file["rfilename"])]
+        if not any(file["rfilename"].endswith(".safetensors") for file in files):
+            raise OSError(f"{repo_id} has no model*.safetensors, and other formats are refused: "
+                          "a pickle (.bin) can run code when it is opened")
+        folder.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            _fetch(f"{endpoint}/{repo_id}/resolve/{info['sha']}/{file['rfilename']}", folder, file)
+        receipt.write_text(json.dumps({"repo_id": repo_id, "commit": info["sha"]}))
+    return folder
+
+
+def _get(url, **headers):
+    if token := os.environ.get("HF_TOKEN"):
+        headers["Authorization"] = f"Bearer {token}"
+    headers["Accept-Encoding"] = "identity"        # a Range must count the file's own bytes
+    try:
+        response = requests.get(url, stream=True, timeout=(10, 60), headers=headers)
+    except requests.RequestException as error:
+        raise requests.ConnectionError(f"cannot reach {url} ({type(error).__name__}; offline?); give "
+                                       "a folder with the model's files, or tiny") from None
+    if not response.ok:
+        help = {401: "no such repository, or set HF_TOKEN to a token that may read it",
+                403: "set HF_TOKEN to a token that may read it", 404: "no such repository"}
+        raise OSError(f"{url}: the server answered {response.status_code}: "
+                      f"{help.get(response.status_code, 'try again later')}")
+    return response
+
+
+def _fetch(url, folder, info, tries=5):
+    """One file: resumed after a cut, renamed into place only when size and checksum are right."""
+    name, size, sha256 = info["rfilename"], info["size"], (info.get("lfs") or {}).get("sha256")
+    checksum = sha256 or info["blobId"]            # small files: git's SHA-1 over a header + bytes
+    part = folder / f"{name}.{checksum[:12]}.part"               # never resumed as another version
+    part.touch()
+    while (have := part.stat().st_size) < size and tries:
+        tries -= 1
+        try:
+            with _get(url, Range=f"bytes={have}-") as response, \
+                    open(part, "ab" if response.status_code == 206 else "wb") as file:
+                for chunk in response.iter_content(1 << 20):
+                    file.write(chunk)
+                    if sys.stderr.isatty():
+                        bar = "#" * (30 * file.tell() // size)
+                        print(f"\r{name:32.32} [{bar:30}] {file.tell() / 1e6:,.1f} of "
+                              f"{size / 1e6:,.1f} MB ", end="", file=sys.stderr, flush=True)
+        except requests.RequestException:
+            time.sleep(0.2)                        # cut: what came is kept, ask for the rest
+    if have < size:
+        raise OSError(f"{url}: cut off at {have} of {size} bytes; run again to resume")
+    with open(part, "rb") as file:
+        hasher = hashlib.sha256() if sha256 else hashlib.sha1(b"blob %d\0" % size)
+        got = hashlib.file_digest(file, lambda: hasher).hexdigest()
+    if have > size or got != checksum:
+        part.unlink()
+        raise OSError(f"{url}: damaged: {have} bytes with checksum {got[:12]}, expected {size} with "
+                      f"{checksum[:12]}; removed, run again")
+    os.replace(part, folder / name)
+
+
+def find_model(model):
+    """The folder for `model`: "tiny" (shipped), a folder, or a Hugging Face repo id."""
+    here = Path(__file__).resolve().parent
+    folder = here / "tutorial" / "tiny" if model == "tiny" else Path(model).expanduser()
+    if not folder.exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(model)):
+        folder = download(str(model))
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{model}: no folder with a config.json; give tiny, a model's folder, "
+                                "or a Hugging Face repo id (HuggingFaceTB/SmolLM2-135M-Instruct)")
+    return folder
+
+
+# ================================================================================================
+# 3. Tokenizer
+#    in: text      out: token ids, and back, byte by byte
+#
+#    Byte-level BPE (GPT-2, LLaMA-3, SmolLM2) is tiktoken, with the ranks and the split pattern of
+#    the model's own files. LLaMA-2's BPE has no split, and spells unknown characters as bytes
+#    (<0xE2>): that cannot be said in tiktoken, so its merge loop stands here.
+# ================================================================================================
+
+# GPT-2's split (Radford et al. 2019): contractions, words with one leading space, numbers, other
+# symbols; of a run of white space the last one goes with the word that follows.
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# LLaMA-3's: contractions in either case, at most three digits, line breaks with what precedes them.
+LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+                r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+# tokenizer.model names no special tokens; Meta's code gives these, counted from the last rank.
+LLAMA3_SPECIAL = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_id|>": 6,
+                  "<|end_header_id|>": 7, "<|eom_id|>": 8, "<|eot_id|>": 9, "<|python_tag|>": 10}
+
+# Byte-level files spell each byte as one printable character: printable bytes as themselves, the
+# other 68 as the characters from 256 on, in order. {character: byte}
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTE_OF = {chr(b): b for b in PRINTABLE}
+BYTE_OF |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
+
+
+def bpe_merge(symbols, rank):
+    """Merge the neighbouring pair of lowest rank, everywhere, until no pair has a rank.
+
+    symbols: tuple of str; rank: {(left, right): int}.
+    Example: bpe_merge(("a", "a", "a", "b"), {("a", "a"): 0, ("aa", "a"): 1}) -> ["aaa", "b"]
+    """
+    symbols = list(symbols)
+    while len(symbols) > 1:
+        pair = min(itertools.pairwise(symbols), key=lambda pair: rank.get(pair, math.inf))
+        if pair not in rank:
+            break
+        merged, i = [], 0
+        while i < len(symbols):
+            width = 2 if tuple(symbols[i:i + 2]) == pair else 1
+            merged.append("".join(symbols[i:i + width]))
+            i += width
+        symbols = merged
+    return symbols
+
+
+class Tokenizer:
+    """Text to token ids and back, from the files in a model's folder.
+
+    Reads tokenizer.json (byte-level BPE, or BPE with byte fallback), LLaMA-3's tokenizer.model, or
+    GPT-2's vocab.json with merges.txt. Raises ValueError naming what it cannot read.
+    """
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.special = {}        # {text: id}: no text of a user's stands for one of these
+        self.added = {}          # {text: id} of added ordinary tokens, matched before all else
+        self.prefix = []         # ids put before each text, such as a beginning-of-text token
+        self.bytes_of = {}       # {id: the bytes it adds to a text}; special tokens add none
+        self.first_space = ""    # a space that decode() drops: LLaMA-2 begins each text with one
+        if (folder / "tokenizer.json").is_file():
+            self._read_spec(read_json(folder / "tokenizer.json"), folder / "tokenizer.json")
+        elif (folder / "tokenizer.model").is_file():
+            self._read_tiktoken(folder / "tokenizer.model")
+        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            vocab = read_json(folder / "vocab.json")
+            merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
+            self.special = {text: vocab[text] for text in ("<|endoftext|>",) if text in vocab}
+            self._use_byte_level(vocab, [m.split(" ") for m in merges if m], [GPT2_SPLIT], {})
+        else:
+            raise FileNotFoundError(f"{folder}: no tokenizer there; needs tokenizer.json, or "
+                                    "tokenizer.model, or vocab.json with merges.txt")
+
+    def _read_spec(self, spec, path):
+        """tokenizer.json of the tokenizers library."""
+        model = spec["model"]
+        require(model.get("type", "BPE") == "BPE", f"{path}: model", model.get("type"), "BPE")
+        for token in spec.get("added_tokens", []):
+            (self.special if token["special"] else self.added)[token["content"]] = token["id"]
+        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        if model.get("byte_fallback"):
+            self._use_byte_fallback(model["vocab"], merges, spec.get("pre_tokenizer") or {})
+        else:
+            require(not spec.get("normalizer"), f"{path}: normalizer", spec.get("normalizer"), "null")
+            self._use_byte_level(model["vocab"], merges, self._split_patterns(spec, path), model)
+        self.bytes_of |= {i: text.encode() for text, i in self.added.items()}
+        self.bytes_of |= dict.fromkeys(self.special.values(), b"")
+        processor = spec.get("post_processor") or {}
+        for part in processor.get("processors", [processor]):
+            if part.get("type") == "TemplateProcessing":       # such as <s> before every text
+                require("Sequence" in part["single"][-1], f"{path}: template", part["single"],
+                        "one that ends with the text")
+                names = [p["SpecialToken"]["id"] for p in part["single"][:-1]]
+                self.prefix = [i for name in names for i in part["special_tokens"][name]["ids"]]
+
+    def _split_patterns(self, spec, path):
+        """The split patterns of byte-level BPE, each applied to the pieces of the one before."""
+        pre, patterns = spec.get("pre_tokenizer") or {}, []
+        for part in pre.get("pretokenizers", [pre]):
+            match part:
+                case {"type": "Digits", "individual_digits": True}:
+                    patterns.append(r"\p{N}")
+                case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}}:
+                    patterns.append(pattern)
+                case {"type": "ByteLevel", "add_prefix_space": False}:
+                    patterns += [GPT2_SPLIT] if part.get("use_regex", True) else []
+                case _:
+                    require(False, f"{path}: pre_tokenizer", part, "Digits, Split or ByteLevel")
+        return patterns
+
+    def _use_byte_level(self, vocab, merges, patterns, model):
+        """tiktoken with ranks of our own: the bytes, then the merges in their order.
+
+        tiktoken takes a piece that is a token as a whole; "ignore_merges" asks for just that, so
+        tokens that no merge makes get a rank too.
+        """
+        made = [left + right for left, right in merges] + [*vocab] * model.get("ignore_merges", False)
+        tokens = [t for t in dict.fromkeys([*BYTE_OF, *made]) if BYTE_OF.keys() >= {*t}]
+        ranks = {bytes(BYTE_OF[c] for c in token): rank for rank, token in enumerate(tokens)}
+        id_of = [vocab.get(token) for token in tokens]         # None: a byte unknown to the model
+        self.bytes_of = dict(zip(id_of, ranks, strict=True))
+        *outer, last = patterns
+        encoding = tiktoken.Encoding("", pat_str=last, mergeable_ranks=ranks, special_tokens={})
+
+        def encode(text, at_start):
+            pieces = [text]
+            for pattern in outer:
+                pieces = [p for piece in pieces for p in regex.split(f"({pattern})", piece) if p]
+            ids = [id_of[rank] for piece in pieces for rank in encoding.encode_ordinary(piece)]
+            return [i for i in ids if i is not None]           # dropped, as the tokenizers library does
+
+        self._encode_ordinary = encode
+
+    def _read_tiktoken(self, path):
+        """LLaMA-3's tokenizer.model: one token a line, base64 and rank."""
+        try:
+            rows = map(bytes.split, filter(None, path.read_bytes().splitlines()))
+            ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
+        except ValueError:
+            raise ValueError(f"{path}: not in tiktoken's format (SentencePiece?); put the model's "
+                             "tokenizer.json beside it") from None
+        self.bytes_of = {rank: token for token, rank in ranks.items()}
+        self.special = {text: len(ranks) + offset for text, offset in LLAMA3_SPECIAL.items()}
+        self.prefix = [self.special["<|begin_of_text|>"]]
+        encoding = tiktoken.Encoding("", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
+        self._encode_ordinary = lambda text, at_start: encoding.encode_ordinary(text)
+
+    def _use_byte_fallback(self, vocab, merges, pre_tokenizer):
+        """LLaMA-2, TinyLlama, Mistral: ▁ is a space, an unknown character becomes its bytes."""
+        rank = {(left, right): i for i, (left, right) in enumerate(merges)}
+        for token, i in vocab.items():
+            byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+            self.bytes_of[i] = bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
+        self.first_space = " "
+        # Words can be merged apart, and remembered, as no token has a ▁ after another character.
+        words = re.compile("▁*[^▁]*" if not any("▁" in t.lstrip("▁") for t in vocab) else "(?s:.+)")
+
+        @functools.lru_cache(1 << 16)
+        def encode_word(word):
+            symbols = [s for c in word
+                       for s in ([c] if c in vocab else [f"<0x{b:02X}>" for b in c.encode()])]
+            return [vocab[symbol] for symbol in bpe_merge(symbols, rank)]
+
+        def encode(text, at_start):
+            text = text.replace(" ", "▁")
+            scheme = pre_tokenizer.get("prepend_scheme")       # None is the older form of the file
+            if not scheme or (scheme == "always" or at_start) and text[0] != "▁":
+                text = "▁" + text
+            return [i for word in words.findall(text) for i in encode_word(word)]
+
+        self._encode_ordinary = encode
+
+    def encode(self, text, allowed_special=False, add_special_tokens=True):
+        """Token ids of a text; "<|endoftext|>" in it is plain text unless allowed_special."""
+        known = self.added | (self.special if allowed_special else {})
+        text = text.encode("utf-8", "replace").decode()        # a lone surrogate becomes "?"
+        longest_first = sorted(known, key=len, reverse=True)   # one token may start another
+        pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if known else [text]
+        ids = list(self.prefix) if add_special_tokens else []
+        for i, piece in enumerate(pieces):                     # odd pieces are the matches
+            ids += [known[piece]] if i % 2 else self._encode_ordinary(piece, i == 0) if piece else []
+        return ids
+
+    def token_bytes(self, token_id):
+        """The bytes that a token adds to a text: none for a special or an unused one."""
+        return self.bytes_of.get(token_id, b"")
+
+    def decode(self, ids):
+        """The text of token ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
+        text = b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+        return text.removeprefix(self.first_space)
+
+    def render_chat(self, messages):
+        """The prompt for [{"role": ..., "content": ...}], by the model's own chat template.
+
+        The template comes from a downloaded file: it runs in jinja2's sandbox.
+        """
+        path, config = self.folder / "chat_template.jinja", self.folder / "tokenizer_config.json"
+        config = read_json(config) if config.is_file() else {}
+        source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+        if isinstance(source, list):                           # several, by name
+            source = {t["name"]: t["template"] for t in source}.get("default")
+        require(source, f"{self.folder}: chat template", source, "there for a chat")
+        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                            extensions=["jinja2.ext.loopcontrols"])
+        env.globals |= {"raise_exception": _template_error, "strftime_now": time.strftime}
+        special = {k: v["content"] if isinstance(v, dict) else v
+                   for k, v in config.items() if k.endswith("_token") and v}
+        try:
+            return env.from_string(source).render(messages=messages, add_generation_prompt=True,
+                                                  **special)
+        except TemplateError as error:
+            raise ValueError(f"{self.folder}: its chat template fails: {error}") from None
+
+
+def _template_error(message):
+    raise TemplateError(message)
+
+
+# ================================================================================================
+# 4. Sequences
+#    in: token ids and SamplingParams      out: the plain state that everything below passes around
+#    paper 4.3, 5.2      No torch in sections 4 to 6: step through them anywhere.
+# ================================================================================================
+
+
+class OutOfBlocks(MemoryError):
+    """The block pool cannot hold what was asked for; nothing was changed."""
+
+
+# Every numeric setting of the API and the command line: (type, lowest, highest).
+LIMITS = {
+    "n": (int, 1, 1), "temperature": (float, 0, 1e6), "top_p": (float, 1e-6, 1),
+    "top_k": (int, -1, 1 << 31), "min_p": (float, 0, 1), "seed": (int, 0, (1 << 63) - 1),
+    "max_tokens": (int, 1, 1 << 31), "logprobs": (int, 0, 100),
+    "repetition_penalty": (float, 0.001, 1000), "block_size": (int, 1, 256),
+    "num_blocks": (int, 1, 1 << 31), "max_num_seqs": (int, 1, 1 << 20),
+    "max_num_batched_tokens": (int, 1, 1 << 31), "max_model_len": (int, 2, 1 << 31),
+    "gpu_memory_utilization": (float, 0.01, 1),
+}
+
+
+def check_limits(settings, optional=()):
+    """Raise a ValueError that names the first of {name: value} outside LIMITS."""
+    for name, value in settings.items():
+        if name in LIMITS and not (value is None and name in optional):
+            kind, low, high = LIMITS[name]
+            ok = type(value) in (int, kind) and low <= value <= high   # NaN compares false
+            require(ok, name, value, f"{'an integer' if kind is int else 'a number'} "
+                                     f"from {low} to {high}")
+
+
+@dataclass
+class SamplingParams:
+    """How one request turns logits into tokens, and when it ends. Wrong values raise ValueError."""
+    n: int = 1                            # texts a prompt; more than one is not built yet
+    temperature: float = 1.0              # 0 is greedy: always the likeliest token
+    top_p: float = 1.0                    # keep the likeliest tokens that sum to this probability
+    top_k: int = 0                        # keep the k likeliest tokens; 0 or -1 keeps all
+    min_p: float = 0.0                    # drop tokens below this share of the likeliest one
+    seed: int | None = None               # same seed, same tokens; None: the engine draws one
+    max_tokens: int = 16                  # generated tokens at most
+    stop: str | list[str] = ()            # texts that end the output and are left out of it
+    stop_token_ids: list[int] = ()        # tokens that end the output, beside the model's own
+    ignore_eos: bool = False              # go on past the model's end-of-text token
+    logprobs: int | None = None           # report the log-probabilities of the top so many
+    repetition_penalty: float = 1.0       # above 1: tokens of prompt and output become less likely
+
+    def __post_init__(self):
+        check_limits(vars(self), optional=("seed", "logprobs"))
+        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop)
+        self.stop_token_ids = list(self.stop_token_ids)
+        require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop,
+                "a text or a list of texts, none of them empty")
+        require(all(is_int(i, 0) for i in self.stop_token_ids), "stop_token_ids",
+                self.stop_token_ids, "a list of token ids")
+        require(type(self.ignore_eos) is bool, "ignore_eos", self.ignore_eos, "True or False")
+
+
+Status = Enum("Status", "WAITING RUNNING SWAPPED FINISHED")
+
+
+class Sequence:
+    """One text in the making: its tokens, and the blocks that hold their K and V."""
+
+    def __init__(self, token_ids, params, seed):
+        self.token_ids = list(token_ids)           # prompt, then generated
+        self.num_prompt_tokens = len(token_ids)
+        self.num_kv = 0                            # tokens whose K and V are in the cache
+        self.block_table = []                      # logical block i is physical block_table[i]
+        self.params, self.seed = params, seed
+        self.text = ""
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")   # keeps half a character back
+        self.cumulative_logprob = 0.0
+        self.logprobs = []
+        self.finish_reason = None                  # "stop" or "length"
+        self.steps_in_last_block = 0               # for the memory report: Engine._count_slots
+
+    @property
+    def num_tokens(self):
+        return len(self.token_ids)
+
+
+@dataclass
+class CompletionOutput:
+    """One text of a request, complete once finish_reason is set."""
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float              # natural logarithm
+    logprobs: list[dict] | None            # one {token_id: logprob} a generated token
+    finish_reason: str | None              # "stop" or "length"; None while it runs
+
+
+@dataclass
+class RequestOutput:
+    """What generate() and step() return for a request."""
+    request_id: int
+    prompt: str | None                     # None when it was given as token ids
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    num_cached_tokens: int = 0             # there is no prefix cache yet
+
+
+class SequenceGroup:
+    """One request. Its sequences are scheduled, preempted and finished together (paper 4.5)."""
+
+    def __init__(self, request_id, prompt, seqs):
+        self.request_id, self.prompt, self.seqs = request_id, prompt, seqs   # ids grow by arrival
+        self.status = Status.WAITING
+
+    def output(self):
+        """A snapshot for the user. A text that may yet turn into a stop string is held back."""
+        finished, outputs = self.status is Status.FINISHED, []
+        for i, seq in enumerate(self.seqs):
+            held_back = 0 if finished else max(map(len, seq.params.stop), default=1) - 1
+            outputs.append(CompletionOutput(
+                i, seq.text[:len(seq.text) - held_back], seq.token_ids[seq.num_prompt_tokens:],
+                seq.cumulative_logprob, seq.logprobs or None, seq.finish_reason))
+        prompt_token_ids = self.seqs[0].token_ids[:self.seqs[0].num_prompt_tokens]
+        return RequestOutput(self.request_id, self.prompt, prompt_token_ids, outputs, finished)
+
+
+# ================================================================================================
+# 5. Block pool
+#    in: a sequence and how many tokens it is about to compute      out: blocks in its block_table
+#    paper 4.2, 4.3
+#
+#    The pool hands out block ids; the memory behind them is the engine's. It is an ordinary
+#    allocator of equal pieces, so nothing is ever lost *between* pieces (no external
+#    fragmentation), and a sequence wastes less than one block.
+# ================================================================================================
+
+
+class BlockPool:
+    """N blocks of B slots, a free list and reference counts.
+
+    Example (the paper's Fig 6, B = 4): a prompt of 7 tokens takes two blocks, 4 + 3 filled; the
+    eighth token fills the second; only the ninth takes a third.
+    """
+
+    def __init__(self, num_blocks, block_size):
+        self.num_blocks, self.block_size = num_blocks, block_size
+        self.free_blocks = deque(range(num_blocks))
+        self.ref_count = [0] * num_blocks
+
+    @property
+    def num_free(self):
+        return len(self.free_blocks)
+
+    def blocks_needed(self, seq, num_new):
+        """How many more blocks `seq` needs before `num_new` tokens can be written.
+
+        It counts from num_kv, not num_tokens: the token just sampled has no K and V yet. With
+        B = 4 and num_kv = 8 both blocks are full, so one new token needs a third.
+        """
+        return -(-(seq.num_kv + num_new) // self.block_size) - len(seq.block_table)
+
+    def can_append(self, seq, num_new, reserve=0):
+        """Whether append() would succeed and leave `reserve` blocks free."""
+        return self.blocks_needed(seq, num_new) + reserve <= self.num_free
+
+    def append(self, seq, num_new):
+        """Give `seq` room for the K and V of `num_new` more tokens (keeps I4).
+
+        Raises: OutOfBlocks, and nothing changes (I5).
+        """
+        if not self.can_append(seq, num_new):
+            raise OutOfBlocks(f"{self.blocks_needed(seq, num_new)} blocks needed, "
+                              f"{self.num_free} free")
+        for _ in range(self.blocks_needed(seq, num_new)):
+            block_id = self.free_blocks.popleft()
+            self.ref_count[block_id] = 1
+            seq.block_table.append(block_id)
+
+    def free(self, seq):
+        """Take back all blocks of `seq`; its tokens stay, their K and V are gone."""
+        for block_id in seq.block_table:
+            self.ref_count[block_id] -= 1          # one table row less points here (keeps I1)
+            if self.ref_count[block_id] == 0:
+                self.free_blocks.append(block_id)
+        seq.block_table, seq.num_kv = [], 0
+
+    def check(self, seqs):
+        """Assert I1, I2 and I4 over all sequences that hold blocks."""
+        rows = [0] * self.num_blocks
+        for seq in seqs:
+            expected = -(-seq.num_kv // self.block_size)
+            assert len(seq.block_table) == expected, f"I4: {len(seq.block_table)} != {expected}"
+            for block_id in seq.block_table:
+                rows[block_id] += 1
+        assert rows == self.ref_count, "I1: reference counts are not the table rows"
+        held = {b for b, count in enumerate(rows) if count}
+        assert held.isdisjoint(self.free_blocks), f"I2: free and held: {held & set(self.free_blocks)}"
+        assert len(held) + len(set(self.free_blocks)) == self.num_blocks == len(held) + self.num_free, \
+            "I2: a block is lost, or free twice"
+
+
+# ================================================================================================
+# 6. Scheduler
+#    in: waiting and running groups      out: who computes how many tokens in this step
+#    paper 4.5
+#
+#    First come, first served, decided anew each step (iteration-level batching). There is no
+#    prefill phase and no decode phase: a sequence that lacks the K and V of m tokens is given
+#    up to m tokens of the step's budget. A decode lacks one; a long prompt is computed in chunks
+#    beside the decodes; a preempted sequence lacks all and computes them like a prompt.
+#
+#    The running groups are always the earliest arrivals, so the latest is preempted first and the
+#    earliest can always take the whole pool: it finishes, then the next one does. No deadlock.
+# ================================================================================================
+
+
+class Scheduler:
+    """Decides who runs (paper 4.5). Keeps I5 and I7."""
+
+    def __init__(self, pool, max_num_seqs, max_num_batched_tokens):
+        self.pool = pool
+        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+        self.waiting, self.running = deque(), []   # both in order of arrival
+        self.num_preemptions = 0
+        self.watermark = pool.num_blocks // 100    # blocks kept for the running ones' next tokens
+
+    def add(self, group):
+        self.waiting.append(group)
+
+    def schedule(self):
+        """-> [(sequence, number of its tokens to compute), ...], with blocks for them allocated."""
+        scheduled, budget = [], self.max_num_batched_tokens
+        for group in list(self.running):           # a preempted group is no longer RUNNING
+            for seq in group.seqs:
+                num_new = min(seq.num_tokens - seq.num_kv, budget)
+                while group.status is Status.RUNNING and not self.pool.can_append(seq, num_new):
+                    self._preempt(self.running.pop())      # the latest arrival, perhaps `group`
+                if group.status is Status.RUNNING:
+                    self.pool.append(seq, num_new)
+                    scheduled.append((seq, num_new))
+                    budget -= num_new
+        while self.waiting and budget and len(self.running) < self.max_num_seqs:
+            seq = self.waiting[0].seqs[0]
+            # The whole text must fit, though only a chunk of it may be computed now: a prompt
+            # half done that waits for blocks would hold the blocks that others wait for.
+            if not self.pool.can_append(seq, seq.num_tokens, self.watermark if self.running else 0):
+                break                              # first come, first served: no one jumps ahead
+            group = self.waiting.popleft()
+            group.status = Status.RUNNING
+            self.running.append(group)
+            num_new = min(seq.num_tokens, budget)
+            self.pool.append(seq, num_new)
+            scheduled.append((seq, num_new))
+            budget -= num_new
+        return scheduled
+
+    def _preempt(self, group):
+        """By recompute: the blocks go, the tokens stay, and one prefill brings K and V back."""
+        for seq in group.seqs:
+            self.pool.free(seq)
+        group.status = Status.WAITING
+        self.waiting.appendleft(group)             # it arrived before all that wait
+        self.num_preemptions += 1
+
+    def finish(self, group):
+        """Take a group out, wherever it is, and its blocks back."""
+        (self.running if group.status is Status.RUNNING else self.waiting).remove(group)
+        for seq in group.seqs:
+            self.pool.free(seq)
+        group.status = Status.FINISHED
+
+    def check(self):
+        """Assert the invariants of pool and queues."""
+        self.pool.check([seq for group in self.running for seq in group.seqs])
+        order = [group.request_id for group in [*self.running, *self.waiting]]
+        assert order == sorted(order), f"first come, first served is broken: {order}"
+        assert not any(seq.block_table for group in self.waiting for seq in group.seqs), "I7"
+
+
+# ================================================================================================
+# 7. Batch
+#    in: [(sequence, num_new), ...]      out: the flat tensors of one step
+#
+#    The step's tokens stand one after the other, without padding: a 500-token prefill chunk and
+#    three decodes are T = 503 rows. From here on nothing knows which row belongs to whom but by
+#    these maps.
+# ================================================================================================
+
+
+@dataclass
+class Batch:
+    input_ids: torch.Tensor         # (T,)
+    positions: torch.Tensor         # (T,) place of each token in its own text
+    slot_mapping: torch.Tensor      # (T,) block_id * B + offset: where its K and V go
+    block_tables: torch.Tensor      # (S, M) int32, rows padded with 0
+    context_lens: torch.Tensor      # (S,) int32, this step's tokens included
+    query_start: torch.Tensor       # (S+1,) int32: sequence s has rows query_start[s]:query_start[s+1]
+    max_query_len: int
+    last_rows: torch.Tensor         # rows whose logits are wanted
+
+
+def make_batch(scheduled, block_size, device):
+    """The flat batch of a step. Rows of sequences that now know all their tokens are sampled."""
+    assert scheduled, "an empty batch"
+    rows = max(len(seq.block_table) for seq, _ in scheduled)
+    query_lens = torch.tensor([num_new for _, num_new in scheduled])
+    first = torch.tensor([seq.num_kv for seq, _ in scheduled])             # (S,) position of row 0
+    tables = torch.tensor([seq.block_table + [0] * (rows - len(seq.block_table))
+                           for seq, _ in scheduled], dtype=torch.int32)    # (S, M)
+    query_start = F.pad(query_lens.cumsum(0), (1, 0))                      # (S+1,)
+    seq_of = torch.repeat_interleave(query_lens)                           # (T,)
+    positions = torch.arange(len(seq_of)) - query_start[seq_of] + first[seq_of]
+    slots = tables[seq_of, positions // block_size].long() * block_size + positions % block_size
+    ids = itertools.chain.from_iterable(
+        seq.token_ids[seq.num_kv:seq.num_kv + num_new] for seq, num_new in scheduled)
+    is_last = torch.tensor([seq.num_kv + num_new == seq.num_tokens for seq, num_new in scheduled])
+    return Batch(
+        input_ids=torch.tensor(list(ids)).to(device), positions=positions.to(device),
+        slot_mapping=slots.to(device), block_tables=tables.to(device),
+        context_lens=(first + query_lens).int().to(device),
+        query_start=query_start.int().to(device), max_query_len=int(query_lens.max()),
+        last_rows=(query_start[1:] - 1)[is_last].to(device))
+
+
+# ================================================================================================
+# 8. Model
+#    in: a flat batch and the KV cache      out: logits of the rows that are sampled
+#
+#    One decoder is both families; what differs is said by the config:
+#                 position                 norm        MLP                     biases
+#      GPT-2      learned, added once      LayerNorm   gelu(up)                all
+#      LLaMA      RoPE, on each q and k    RMSNorm     silu(gate) * up         none, mostly
+# ================================================================================================
+
+# Our module: the checkpoint's, stacked row by row where we keep several as one matrix.
+GPT2_NAMES = {
+    "embed_tokens": ["wte"], "embed_positions": ["wpe"], "norm": ["ln_f"], "lm_head": ["lm_head"],
+    "layers.{}.attn_norm": ["h.{}.ln_1"], "layers.{}.qkv": ["h.{}.attn.c_attn"],
+    "layers.{}.o": ["h.{}.attn.c_proj"], "layers.{}.mlp_norm": ["h.{}.ln_2"],
+    "layers.{}.up": ["h.{}.mlp.c_fc"], "layers.{}.down": ["h.{}.mlp.c_proj"],
+}
+LLAMA_NAMES = {
+    "embed_tokens": ["model.embed_tokens"], "norm": ["model.norm"], "lm_head": ["lm_head"],
+    "layers.{}.attn_norm": ["model.layers.{}.input_layernorm"],
+    "layers.{}.qkv": [f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"],
+    "layers.{}.o": ["model.layers.{}.self_attn.o_proj"],
+    "layers.{}.mlp_norm": ["model.layers.{}.post_attention_layernorm"],
+    "layers.{}.up": ["model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"],
+    "layers.{}.down": ["model.layers.{}.mlp.down_proj"],
+}
+# Constants that old checkpoints carry: causal masks and rotary tables.
+BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")
+
+
+def rope_frequencies(config):
+    """Radians a position for each of the D/2 rotated pairs (Su et al. 2021) -> (D/2,) float32."""
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    frequency = 1.0 / config.rope["rope_theta"] ** exponent
+    if config.rope["rope_type"] == "default":
+        return frequency
+    slowed = frequency / config.rope["factor"]
+    if config.rope["rope_type"] == "linear":
+        return slowed
+    # LLaMA-3.1: pairs that turn often within the original context stay, slow ones are slowed,
+    # and between the two limits the two are mixed.
+    turns = config.rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    low, high = config.rope["low_freq_factor"], config.rope["high_freq_factor"]
+    return torch.lerp(slowed, frequency, ((turns - low) / (high - low)).clamp(0, 1))
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + D/2]) by its token's angle. x (T, heads, D); cos, sin (T, 1, D/2)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Layer(nn.Module):
+    """One transformer layer: x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        norm = nn.LayerNorm if c.family == "gpt2" else nn.RMSNorm
+        self.heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
+        gates = 1 if c.family == "gpt2" else 2
+        self.attn_norm = norm(c.hidden_size, c.rms_norm_eps)
+        self.qkv = nn.Linear(c.hidden_size, sum(self.heads) * c.head_dim, bias=c.attention_bias)
+        self.o = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.mlp_norm = norm(c.hidden_size, c.rms_norm_eps)
+        self.up = nn.Linear(c.hidden_size, gates * c.intermediate_size, bias=c.mlp_bias)
+        self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+
+    def forward(self, x, k_cache, v_cache, batch, rope):
+        """x (T, E) -> (T, E); writes the K and V of the T tokens into their slots."""
+        qkv = self.qkv(self.attn_norm(x)).unflatten(1, (-1, self.config.head_dim))
+        q, k, v = qkv.split(self.heads, dim=1)                             # (T, H or K, D)
+        if rope:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        kernels.write_kv_reference(k, v, k_cache, v_cache, batch.slot_mapping)
+        y = kernels.paged_attention_reference(                             # (T, H, D)
+            q, k_cache, v_cache, batch.block_tables, batch.context_lens, batch.query_start,
+            max_query_len=batch.max_query_len, scale=self.config.head_dim ** -0.5)
+        x = x + self.o(y.flatten(1))
+        h = self.up(self.mlp_norm(x))
+        if self.config.family == "gpt2":
+            return x + self.down(F.gelu(h, approximate="tanh"))
+        gate, up = h.chunk(2, dim=-1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Decoder(nn.Module):
+    """GPT-2 or LLaMA by its config, reading and writing K and V in the paged cache only."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.config = c
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        if c.family == "gpt2":
+            self.embed_positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
+        self.norm = (nn.LayerNorm if c.family == "gpt2" else nn.RMSNorm)(c.hidden_size, c.rms_norm_eps)
+        if not c.tie_word_embeddings:
+            self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+
+    def forward(self, batch, kv_cache):
+        """-> logits (len(batch.last_rows), V) float32; kv_cache (L, 2, N, B, K, D) is written."""
+        x, rope = self.embed_tokens(batch.input_ids), None                 # (T, E)
+        if self.config.family == "gpt2":
+            x = x + self.embed_positions(batch.positions)
+        else:   # the angles are computed in float32 and once a step, not once a layer
+            angle = batch.positions[:, None, None] * self.frequencies      # (T, 1, D/2)
+            rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        for layer, (k_cache, v_cache) in zip(self.layers, kv_cache, strict=True):
+            x = layer(x, k_cache, v_cache, batch, rope)
+        # the vocabulary is the widest matrix: only rows that are sampled meet it
+        x = self.norm(x[batch.last_rows])
+        return F.linear(x, (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight).float()
+
+    def checkpoint_views(self):
+        """{name in the checkpoint: the part of our parameters that it fills}, in its own shape."""
+        c, views = self.config, {}
+        sizes = {3: [heads * c.head_dim for heads in self.layers[0].heads],    # q, k, v
+                 2: [c.intermediate_size] * 2}                                 # gate, up
+        names = GPT2_NAMES if c.family == "gpt2" else LLAMA_NAMES
+        for name, parameter in self.named_parameters():
+            module, kind = name.rsplit(".", 1)
+            layer = re.search(r"\d+|$", module)[0]
+            sources = names[re.sub(r"\d+", "{}", module)]
+            parts = parameter.data.split(sizes.get(len(sources), parameter.shape[0]))
+            for source, part in zip(sources, parts, strict=True):
+                if c.family == "gpt2" and "layers" in module and part.dim() == 2:
+                    part = part.T              # GPT-2's Conv1D stores (in, out)
+                views[f"{source.format(layer)}.{kind}"] = part
+        return views
+
+
+def load_model(config, folder, device, dtype, load_format="auto"):
+    """A Decoder on `device`, filled from the folder or, as "dummy", with random weights."""
+    with torch.device("meta"):                     # shapes first: nothing is allocated twice
+        model = Decoder(config)
+    model = model.to(dtype).to_empty(device=device).requires_grad_(False)
+    if config.family == "llama":
+        model.frequencies = rope_frequencies(config).to(device)
+    if load_format == "dummy":
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+    else:
+        load_tensors(folder, model.checkpoint_views(), lambda name: BUFFERS.fullmatch(name)
+                     or config.tie_word_embeddings and name == "lm_head.weight")
+    return model
+
+
+# ================================================================================================
+# 9. Sampler
+#    in: logits (S, V) and each row's sequence      out: one token a row, and log-probabilities
+#
+#    Each row draws one number u in [0, 1) that depends on its seed and position alone, and takes
+#    the token at which the summed probabilities pass u. Nothing is carried from step to step, so
+#    neither the rest of the batch nor a preemption can change what a request draws.
+# ================================================================================================
+
+
+def uniform(seeds, positions):
+    """A number in [0, 1) for each (seed, position): splitmix64 (Steele et al. 2014) -> (S,) float64.
+
+    int64 tensors, whose products wrap around; the masks make the right shifts logical.
+    """
+    def mix(x):
+        x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47      # 0xBF58476D1CE4E5B9
+        x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15      # 0x94D049BB133111EB
+        return x ^ (x >> 31 & (1 << 33) - 1)
+
+    golden = -0x61C8864680B583EB                                       # 0x9E3779B97F4A7C15
+    bits = mix(mix(seeds + golden) + positions * golden)
+    return (bits >> 11 & (1 << 53) - 1).double() * 2.0 ** -53
+
+
+def filtered_probs(logits, params):
+    """The distribution each row draws from: temperature, then min-p, top-k, top-p -> (S, V).
+
+    Rows need not sum to 1.
+    """
+    def column(name, dtype):
+        values = [getattr(p, name) for p in params]
+        return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]     # (S, 1)
+
+    # 1e-6 stands in for the greedy rows, whose draw is not used
+    probs = (logits / column("temperature", torch.float32).clamp(min=1e-6)).softmax(-1)
+    probs[probs < column("min_p", torch.float32) * probs.amax(-1, keepdim=True)] = 0
+    top_k, top_p = column("top_k", torch.long), column("top_p", torch.float64)
+    if (top_k > 0).any() or (top_p < 1).any():     # only these need the rank of each token
+        ranked, token_ids = probs.sort(descending=True)
+        ranked[(top_k > 0) & (torch.arange(logits.shape[1], device=logits.device) >= top_k)] = 0
+        likelier = ranked.cumsum(-1, dtype=torch.float64) - ranked
+        # the token that passes top_p is kept too, and so the first one always is
+        ranked[likelier >= top_p * ranked.sum(-1, keepdim=True)] = 0
+        probs = torch.zeros_like(probs).scatter(1, token_ids, ranked)
+    return probs
+
+
+def sample(logits, seqs):
+    """One token for each row -> [(token_id, logprob, {token_id: logprob} or None), ...].
+
+    The log-probabilities are the model's own, before penalty, temperature and filters.
+    """
+    params, device = [seq.params for seq in seqs], logits.device
+    logprobs = logits.log_softmax(-1)
+    for row, seq in enumerate(seqs):
+        if (penalty := params[row].repetition_penalty) != 1:
+            seen = torch.tensor(sorted(set(seq.token_ids)), device=device)
+            score = logits[row, seen]              # multiplying lowers a negative score
+            logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
+    tokens = logits.argmax(-1)
+    if any(p.temperature for p in params):
+        cumulative = filtered_probs(logits, params).cumsum(-1, dtype=torch.float64)
+        u = uniform(torch.tensor([seq.seed for seq in seqs], device=device),
+                    torch.tensor([seq.num_tokens for seq in seqs], device=device))[:, None]
+        drawn = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
+        random_rows = torch.tensor([p.temperature > 0 for p in params], device=device)
+        tokens = torch.where(random_rows, drawn, tokens)
+    chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+    out = []
+    for row, (token, logprob) in enumerate(zip(tokens.tolist(), chosen, strict=True)):
+        top = None
+        if (k := params[row].logprobs) is not None:
+            values, ids = logprobs[row].topk(min(k, logprobs.shape[1]))
+            top = {token: logprob, **dict(zip(ids.tolist(), values.tolist(), strict=True))}
+        out.append((token, logprob, top))
+    return out
+
+
+# ================================================================================================
+# 10. Engine
+#     in: requests      out: a RequestOutput for each request that moved, step by step
+#     paper 4.1 (Fig 4), 4.3
+# ================================================================================================
+
+
+class Engine:
+    """Block pool, scheduler, model and sampler, joined in step()."""
+
+    def __init__(self, model, tokenizer, kv_cache, max_num_seqs, max_num_batched_tokens,
+                 max_model_len, seed):
+        self.model, self.tokenizer, self.kv_cache = model, tokenizer, kv_cache
+        self.pool = BlockPool(kv_cache.shape[2], kv_cache.shape[3])
+        self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens)
+        self.max_model_len, self.seeds = max_model_len, random.Random(seed)
+        self.groups = {}                           # request_id -> unfinished group
+        self.request_ids = itertools.count()
+        self.counts = dict.fromkeys(("steps", "running", "computed_tokens", "generated_tokens",
+                                     "blocks_peak", "slots", "unused", "never_used"), 0)
+
+    def add_request(self, prompt, params):
+        """Queue a prompt, given as text or as token ids -> its request_id.
+
+        Raises: ValueError when it can never run; nothing changes then (I5, I7).
+        """
+        text, vocab_size = prompt if isinstance(prompt, str) else None, self.model.config.vocab_size
+        if text is not None or params.stop:
+            require(self.tokenizer, "prompt", prompt, "token ids, and without stop strings, as there "
+                                                      "is no tokenizer")
+        token_ids = self.tokenizer.encode(text) if text is not None else list(prompt)
+        require(token_ids, "prompt", prompt, "at least one token long")
+        for token_id in (*token_ids, *params.stop_token_ids):
+            require(is_int(token_id, 0, vocab_size - 1), "token id", token_id,
+                    f"an integer from 0 to {vocab_size - 1}")
+        slots = self.pool.num_blocks * self.pool.block_size
+        require(len(token_ids) < self.max_model_len, "number of prompt tokens", len(token_ids),
+                f"below {self.max_model_len} (max_model_len, where the pool has {slots} slots)")
+        seed = self.seeds.getrandbits(62) if params.seed is None else params.seed
+        group = SequenceGroup(next(self.request_ids), text, [Sequence(token_ids, params, seed)])
+        self.groups[group.request_id] = group
+        self.scheduler.add(group)
+        return group.request_id
+
+    def abort(self, request_id):
+        """Drop a request and free its blocks; False if it was not there (any more)."""
+        group = self.groups.pop(request_id, None)
+        if group:
+            self.scheduler.finish(group)
+        return group is not None
+
+    def has_unfinished_requests(self):
+        return bool(self.groups)
+
+    @torch.inference_mode()
+    def step(self):
+        """Schedule, run the model once, sample -> outputs of the requests that got a token."""
+        scheduled = self.scheduler.schedule()
+        batch = make_batch(scheduled, self.pool.block_size, self.kv_cache.device)
+        logits = self.model(batch, self.kv_cache)
+        for seq, num_new in scheduled:
+            seq.num_kv += num_new                  # not before: now their K and V are written
+        self._count_slots(scheduled)
+        seqs = [seq for seq, _ in scheduled if seq.num_kv == seq.num_tokens]
+        for seq, sampled in zip(seqs, sample(logits, seqs), strict=True):
+            self._append_token(seq, *sampled)
+        moved = [group for group in self.scheduler.running if group.seqs[0] in seqs]
+        for group in moved:
+            if all(seq.finish_reason for seq in group.seqs):
+                self._count_never_used(group)
+                self.scheduler.finish(self.groups.pop(group.request_id))
+        return [group.output() for group in moved]
+
+    def _append_token(self, seq, token_id, logprob, logprobs):
+        """Add a sampled token; extend the text; set finish_reason if it was the last."""
+        seq.token_ids.append(token_id)
+        seq.cumulative_logprob += logprob
+        seq.logprobs += [logprobs] if logprobs else []
+        self.counts["generated_tokens"] += 1
+        params, num_generated = seq.params, seq.num_tokens - seq.num_prompt_tokens
+        eos_token_ids = () if params.ignore_eos else self.model.config.eos_token_id
+        if token_id in eos_token_ids or token_id in params.stop_token_ids:
+            seq.finish_reason = "stop"             # this token ends the text, and is no part of it
+        elif num_generated == params.max_tokens or seq.num_tokens == self.max_model_len:
+            seq.finish_reason = "length"
+        if self.tokenizer:
+            new = b"" if seq.finish_reason == "stop" else self.tokenizer.token_bytes(token_id)
+            seq.text += seq.utf8.decode(new, final=bool(seq.finish_reason))
+            if ends := [at for stop in params.stop if (at := seq.text.find(stop)) >= 0]:
+                seq.text, seq.finish_reason = seq.text[:min(ends)], "stop"
+
+    def _count_slots(self, scheduled):
+        """What the KV memory of this step holds: tokens, or slots not (yet) used (paper, Fig 2)."""
+        counts, block_size = self.counts, self.pool.block_size
+        counts["steps"] += 1
+        counts["running"] += len(scheduled)
+        counts["blocks_peak"] = max(counts["blocks_peak"], self.pool.num_blocks - self.pool.num_free)
+        for seq, num_new in scheduled:
+            unused = len(seq.block_table) * block_size - seq.num_kv
+            counts["computed_tokens"] += num_new
+            counts["slots"] += len(seq.block_table) * block_size
+            counts["unused"] += unused
+            began_block = num_new + unused >= block_size
+            seq.steps_in_last_block = 1 if began_block else seq.steps_in_last_block + 1
+
+    def _count_never_used(self, group):
+        """Only the end of a sequence tells which unused slots of its last block were for nothing."""
+        for seq in group.seqs:
+            unused = len(seq.block_table) * self.pool.block_size - seq.num_kv
+            self.counts["never_used"] += unused * seq.steps_in_last_block
+
+    def stats(self):
+        """Counters since the start. The kv_ shares are of all slots in held blocks, over all steps:
+        reserved slots were used later, internal ones never; external is memory between pieces."""
+        counts, slots = dict(self.counts), max(1, self.counts["slots"])
+        unused, never_used = counts.pop("unused"), counts.pop("never_used")
+        del counts["slots"]
+        return {**counts, "mean_running": counts.pop("running") / max(1, counts["steps"]),
+                "num_blocks": self.pool.num_blocks, "block_size": self.pool.block_size,
+                "blocks_used": self.pool.num_blocks - self.pool.num_free,
+                "preemptions_recompute": self.scheduler.num_preemptions,
+                "kv_tokens": 1 - unused / slots, "kv_reserved": (unused - never_used) / slots,
+                "kv_internal": never_used / slots, "kv_external": 0.0}   # all pieces have one size
+
+
+# ================================================================================================
+# 11. LLM and the command line
+# ================================================================================================
+
+
+def make_kv_cache(config, dtype, device, block_size, num_blocks, most_tokens, utilization):
+    """The KV cache of num_blocks blocks, or, for None, of as many as are useful and fit.
+
+    Useful are blocks for most_tokens tokens. On a CPU 1 GiB may be taken, whose pages cost nothing
+    until they are written; on a GPU `utilization` of its memory, less what is in use.
+    Raises: MemoryError.
+    """
+    shape = block_size, config.num_key_value_heads, config.head_dim, dtype, device
+    block_bytes = kernels.new_kv_cache(config.num_hidden_layers, 1, *shape).nbytes
+    memory = 1 << 30
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        memory = int(free - total * (1 - utilization))
+    wanted = num_blocks or max(1, min(memory // block_bytes, -(-most_tokens // block_size)))
+    if wanted * block_bytes > memory:
+        raise MemoryError(f"{wanted} KV blocks of {block_bytes:,} bytes do not fit into the "
+                          f"{memory:,} bytes that {device} has for them; lower num_blocks or "
+                          "block_size, or raise gpu_memory_utilization")
+    return kernels.new_kv_cache(config.num_hidden_layers, wanted, *shape)
+
+
+class LLM:
+    """A model with its tokenizer and engine: generate() takes prompts and returns texts.
+
+    Example: LLM().generate("ROMEO:", SamplingParams(temperature=0))[0].outputs[0].text
+    """
+
+    def __init__(self, model="tiny", device="auto", dtype="auto", block_size=16, num_blocks=None,
+                 gpu_memory_utilization=0.9, max_num_seqs=256, max_num_batched_tokens=8192,
+                 max_model_len=None, seed=0, load_format="auto", skip_tokenizer_init=False):
+        """Load a model and set its KV cache aside.
+
+        model: "tiny" (shipped), a folder, or a Hugging Face repo id.
+        dtype: "auto" is float32 on a CPU and the checkpoint's on a GPU.
+        num_blocks: None is what max_num_seqs longest sequences need, if memory allows.
+        max_model_len: most tokens of prompt and output; None is what model and pool can hold.
+        load_format: "dummy" is random weights, for benchmarks.
+        Raises: ValueError, FileNotFoundError, OSError, MemoryError with one line each.
+        """
+        check_limits(locals(), optional=("num_blocks", "max_model_len"))
+        devices = ("auto", "cpu", "cuda")[:2 + torch.cuda.is_available()]
+        for name, value, allowed in (
+                ("block_size", block_size, [1 << i for i in range(9)]), ("device", device, devices),
+                ("dtype", dtype, ("auto", *DTYPES)), ("load_format", load_format, ("auto", "dummy"))):
+            require(value in allowed, name, value, " or ".join(map(str, allowed)))
+        device = devices[-1] if device == "auto" else device
+        folder = find_model(model)
+        config = load_config(folder)
+        if dtype == "auto":
+            dtype = "float32" if device == "cpu" else config.dtype
+        self.tokenizer = None if skip_tokenizer_init else Tokenizer(folder)
+        decoder = load_model(config, folder, device, DTYPES[dtype], load_format)
+        most_tokens = max_num_seqs * (max_model_len or config.max_position_embeddings)
+        kv_cache = make_kv_cache(config, DTYPES[dtype], device, block_size, num_blocks, most_tokens,
+                                 gpu_memory_utilization)
+        longest = min(config.max_position_embeddings, kv_cache.shape[2] * block_size)
+        require((max_model_len or 1) <= longest, "max_model_len", max_model_len,
+                f"at most {longest}, what model and block pool can hold")
+        self.engine = Engine(decoder, self.tokenizer, kv_cache, max_num_seqs, max_num_batched_tokens,
+                             max_model_len or longest, seed)
+
+    def generate(self, prompts, sampling_params=None):
+        """Complete prompts -> one RequestOutput a prompt, in their order.
+
+        prompts: a text, a list of token ids, or a list of either.
+        sampling_params: one for all, or a list with one for each.
+        Raises: ValueError that names what cannot run; then none has run.
+        """
+        if isinstance(prompts, str) or prompts and isinstance(prompts[0], int):
+            prompts = [prompts]
+        params = sampling_params or SamplingParams()
+        params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        require(len(params) == len(prompts), "number of sampling_params", len(params), len(prompts))
+        outputs = {}
+        try:
+            for prompt, p in zip(prompts, params, strict=True):
+                outputs[self.engine.add_request(prompt, p)] = None
+            while any(output is None for output in outputs.values()):
+                outputs |= {out.request_id: out for out in self.engine.step() if out.finished}
+        finally:                                   # after an error or Ctrl-C nothing is left over
+            for request_id in outputs:
+                self.engine.abort(request_id)
+        return list(outputs.values())
+
+    def stats(self):
+        """Memory and scheduling counters: see Engine.stats."""
+        return self.engine.stats()
+
+
+def draw_blocks(engine):
+    """The pool, a letter for each sequence and a dot for a free block; then every block table."""
+    pool, owner, lines = engine.pool, {}, []
+    seqs = [(group.request_id, seq) for group in engine.scheduler.running for seq in group.seqs]
+    for letter, (request_id, seq) in zip(itertools.cycle(string.ascii_letters), seqs):
+        owner |= dict.fromkeys(seq.block_table, letter)
+        table = " ".join(map(str, seq.block_table[-12:]))
+        text = [engine.tokenizer.decode([token]) for token in seq.token_ids[-8:]]
+        lines.append(f"  {letter}  request {request_id}: {seq.num_tokens} tokens, {seq.num_kv} cached "
+                     f"in block{' ..' * (len(seq.block_table) > 12)} {table}  {''.join(text)!r}")
+    for row in sorted({block_id // 64 for block_id in owner}):
+        blocks = range(64 * row, min(64 * row + 64, pool.num_blocks))
+        lines.append(f"  {64 * row:6} " + "".join(owner.get(block_id, ".") for block_id in blocks))
+    return "\n".join([f"step {engine.counts['steps']}: {len(engine.scheduler.running)} running, "
+                      f"{len(engine.scheduler.waiting)} waiting; {len(owner)} of {pool.num_blocks} "
+                      f"blocks held", *lines])
+
+
+REPORT = """\
+{generated_tokens} tokens in {seconds:.2f} s: {speed:.1f} tokens/s; {steps} steps, {mean_running:.1f} \
+requests in each
+blocks of {block_size} tokens: {blocks_peak} at the peak, {blocks_used} now, {num_blocks} in the pool; \
+{preemptions_recompute} preemptions
+KV slots held: {kv_tokens:.1%} tokens, {kv_reserved:.1%} reserved, {kv_internal:.1%} internal and \
+{kv_external:.1%} external waste
+attention: torch reference, {device}"""
+
+OPTIONS = {   # of the command line, in the order of --help
+    "prompt": "a text to continue; repeatable; - reads it from stdin",
+    "prompts_file": "a file with one prompt a line; - is stdin",
+    "model": "tiny (the default, shipped), a folder, or a Hugging Face repo id",
+    "chat": "each prompt is a user's message, put into the model's chat template",
+    "max_tokens": "tokens to generate (128)", "temperature": "0 is greedy (0.8)",
+    "top_p": "keep the likeliest tokens that sum to this", "top_k": "keep the k likeliest tokens",
+    "min_p": "drop tokens less likely than this share of the likeliest",
+    "repetition_penalty": "above 1: repeat less", "stop": "end before this text; repeatable",
+    "ignore_eos": "go on past the end of the text", "logprobs": "with --json: the top so many",
+    "seed": "same seed, same texts (0)", "device": "cpu, cuda or auto (default)",
+    "dtype": "float32, bfloat16, float16 or auto (default)", "block_size": "tokens a block (16)",
+    "num_blocks": "blocks in the pool", "max_num_seqs": "requests that run together (256)",
+    "max_num_batched_tokens": "tokens computed a step (8192)",
+    "max_model_len": "tokens of prompt and output together",
+    "show_blocks": "draw pool and block tables on stderr after each step",
+    "json": "print one JSON object a prompt", "verbose": "report even if stderr is no terminal",
+}
+EXAMPLES = """examples:
+  python nanopaged.py --prompt "ROMEO:" --show-blocks --block-size 4
+  python nanopaged.py --model HuggingFaceTB/SmolLM2-135M-Instruct --chat --prompt "Who are you?"
+
+exit status: 0 done, 1 failed, 2 wrong usage or input, 130 stopped by Ctrl-C"""
+
+
+def parse_args(argv):
+    parser = argparse.ArgumentParser(
+        prog="nanopaged.py", epilog=EXAMPLES, argument_default=argparse.SUPPRESS, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Generate text with a paged KV cache. Texts stream to stdout in the order of the"
+                    " prompts;\na report follows on stderr where that is a terminal.")
+    for name, text in OPTIONS.items():
+        kind = {"type": LIMITS.get(name, (str,))[0]}
+        if name in ("prompt", "stop"):
+            kind = {"action": "append", "default": []}
+        elif name in ("chat", "json", "ignore_eos", "show_blocks", "verbose"):
+            kind = {"action": "store_true", "default": False}
+        parser.add_argument("--" + name.replace("_", "-"), help=text, **kind)
+    parser.set_defaults(max_tokens=128, temperature=0.8, prompts_file=None)
+    args = parser.parse_args(argv)
+    if not args.prompt and args.prompts_file is None:
+        parser.error("give --prompt TEXT or --prompts-file FILE")
+    return args
+
+
+def read_text(path):
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    return data.decode("utf-8", "replace")
+
+
+def write_outputs(engine, request_ids, args):
+    """Run the engine; stream the texts in the order of `request_ids`, each ended by a newline."""
+    outputs, written = {}, 0
+    while request_ids:
+        outputs |= {output.request_id: output for output in engine.step()}
+        if args.show_blocks:
+            print(draw_blocks(engine), file=sys.stderr)
+        while request_ids and (output := outputs.get(request_ids[0])):
+            text = output.outputs[0].text
+            if args.json:
+                text = json.dumps(asdict(output)) if output.finished else ""
+            print(text[written:], end="\n" * output.finished, flush=True)
+            written = len(text)
+            if not output.finished:
+                break
+            request_ids, written = request_ids[1:], 0
+
+
+def run(args):
+    """The command line's work -> exit status."""
+    prompts = [read_text(prompt) if prompt == "-" else prompt for prompt in args.prompt]
+    if args.prompts_file is not None:
+        prompts += [line for line in read_text(args.prompts_file).splitlines() if line.strip()]
+    settings, request_ids, status = vars(args), [], 0
+    params = SamplingParams(**{k: v for k, v in settings.items()
+                               if k in SamplingParams.__match_args__ and k != "seed"})
+    llm = LLM(**{k: v for k, v in settings.items() if k in inspect.signature(LLM).parameters})
+    start = time.perf_counter()
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            if args.chat:
+                chat = llm.tokenizer.render_chat([{"role": "user", "content": prompt}])
+                prompt = llm.tokenizer.encode(chat, allowed_special=True, add_special_tokens=False)
+            request_ids.append(llm.engine.add_request(prompt, params))
+        except ValueError as error:                # the other prompts go on
+            print(f"nanopaged: prompt {number}: {error}", file=sys.stderr)
+            status = 2
+    try:
+        write_outputs(llm.engine, request_ids, args)
+    finally:
+        if args.verbose or sys.stderr.isatty():
+            stats, seconds = llm.stats(), time.perf_counter() - start
+            print(REPORT.format(**stats, seconds=seconds, speed=stats["generated_tokens"] / seconds,
+                                device=llm.engine.kv_cache.device), file=sys.stderr)
+    return status
+
+
+def main(argv=None):
+    """Run the command line; every foreseeable failure is one line on stderr."""
+    args = parse_args(argv)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:                        # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        print(f"nanopaged: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError | FileNotFoundError | OutOfBlocks) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
