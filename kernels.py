@@ -87,7 +87,7 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
         slots = block_ids * block_size + readable % block_size
         k, v = (cache.reshape(-1, num_kv_heads * head_dim)      # a view, in new_kv_cache's layout
                 .index_select(0, slots.flatten()).view(*slots.shape, num_kv_heads, head_dim)
-                .transpose(1, 2) for cache in (k_cache, v_cache))                   # (S, K, C, D)
+                .transpose(1, 2) for cache in (k_cache, v_cache))                   # (S,K,C,D)
 
         query = torch.arange(num_queries, device=q.device)
         rows = first_row[:, None] + query                                           # (S, Q)
@@ -95,10 +95,11 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
         causal = key_position <= query_position                                     # (S, Q, C)
         # The H / K query heads that share a KV head become rows of one matrix, so its K and V
         # are read once for all of them and never repeated in memory.
-        packed = q[rows].unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)    # (S, K, G, Q, D)
+        packed = q[rows].unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
+        # packed is (S, K, G, Q, D), G = H / K
         group = packed.shape[2]
-        mask = causal[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]     # (S, 1, GQ, C)
+        mask = causal[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]     # (S,1,GQ,C)
         y = F.scaled_dot_product_attention(packed.flatten(2, 3), k, v, mask, scale=scale)
-        y = y.unflatten(2, (group, num_queries)).permute(0, 3, 1, 2, 4)             # (S, Q, K, G, D)
+        y = y.unflatten(2, (group, num_queries)).permute(0, 3, 1, 2, 4)             # (S,Q,K,G,D)
         out[rows] = y.reshape(len(run), num_queries, -1, head_dim)
     return out

@@ -1,28 +1,28 @@
 """nanopaged: PagedAttention in one file.
 
-Serving a language model is bound by the memory of its KV cache. Reserved as one contiguous piece
-for the longest output a request could have, 60-80% of it holds nothing. PagedAttention (Kwon et
-al., SOSP 2023, arXiv 2309.06180: "the paper" below) cuts the cache into blocks of block_size
-tokens, hands them out one by one as text grows, and finds them again through a block table:
+Serving a language model is bound by the memory of its KV cache. Reserved in one piece for the
+longest output a request could have, 60-80% of it holds nothing. PagedAttention (Kwon et al., SOSP
+2023, arXiv 2309.06180: "the paper" below) cuts the cache into blocks of block_size tokens, hands
+them out one by one as a text grows, and finds them again through the text's block table:
 
-      prompt --> tokenizer --> Sequence                    token_ids: Four score and seven years ago our
-                                  |                        block_table: [7, 1]      (B = 4, num_kv = 7)
-                                  v
-      waiting [..] --> Scheduler.schedule() <--- preempt --- running [..]        who runs, and how far
-                                  |
-                                  v                 0       1       2 ...     7
-                            BlockPool             +-------+-------+---     +-------+
-                            free list,            |       |years  |        |Four   |
-                            ref counts            |       |ago our|        |score..|
-                                  |               +-------+-------+---     +-------+
-                                  v                       the KV cache, N blocks of B slots
-                flat batch of T tokens: input_ids, positions, slot_mapping, block_tables
-                                  |
-                                  v
-          Decoder: each layer writes K, V into its slots, then attends through the block table
-                                  |
-                                  v
-                 logits --> sampler --> one more token --> text --> RequestOutput
+    prompt --> tokenizer --> Sequence               "Four score and seven years ago our"
+                                |                   num_kv = 7, block_table = [7, 1], B = 4
+                                v
+    waiting [..] --> Scheduler.schedule() <-- preempt --> running [..]
+                                |                        0         1               7
+                                v                   +---------+---------+---   ---------+
+                            BlockPool               |         | years   |       Four    |
+                            free list,              |  free   | ago     |  ..   score   |
+                            ref counts              |         | our     |       and     |
+                                |                   |         | (free)  |       seven   |
+                                v                   +---------+---------+---   ---------+
+    flat batch of T tokens: input_ids, positions, slot_mapping, block_tables
+                                |
+                                v
+    Decoder: each layer writes K and V into their slots, then attends through the block table
+                                |
+                                v
+    logits --> sampler --> one more token --> text --> RequestOutput
 
 One Engine.step() is one trip down this figure. The file is in that order and each name is defined
 before it is used, so it reads from the top: 2 config and weights, 3 tokenizer, 4 sequences,
@@ -63,10 +63,12 @@ import string
 import sys
 import time
 import warnings
-from collections import deque
-from dataclasses import asdict, dataclass, fields
+from collections import Counter, deque
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
+from types import SimpleNamespace
 
 import regex
 import requests
@@ -85,7 +87,7 @@ with warnings.catch_warnings():    # torch mentions that numpy, which nothing he
 
 # ================================================================================================
 # 2. Config and weights
-#    in: a folder as Hugging Face lays it out, or a repo id      out: ModelConfig, filled parameters
+#    in: a folder as Hugging Face lays it out, or a repo id      out: config, filled parameters
 #
 #    Only config.json and safetensors are read: data, never code. A pickle (.bin) could run a
 #    program when it is opened. Every tensor of the checkpoint is matched by name and shape first.
@@ -94,16 +96,19 @@ with warnings.catch_warnings():    # torch mentions that numpy, which nothing he
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FAMILIES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama"}
 
-# GPT-2's names in config.json for what LLaMA's, and here ModelConfig, calls otherwise.
-GPT2_KEYS = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_inner": "intermediate_size",
-             "n_head": "num_attention_heads", "n_positions": "max_position_embeddings",
-             "layer_norm_epsilon": "rms_norm_eps"}
+# GPT-2's names in config.json for what LLaMA's, and all later ones, call so.
+GPT2_KEYS = {"n_embd": "hidden_size", "n_head": "num_attention_heads",
+             "n_layer": "num_hidden_layers", "n_inner": "intermediate_size",
+             "n_positions": "max_position_embeddings", "layer_norm_epsilon": "rms_norm_eps"}
+SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
+         "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
 
 # Settings that would change the arithmetic, with the values that this decoder computes.
 COMPUTED = {
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "hidden_act": ("silu",),
     "sliding_window": (None,), "quantization_config": (None,), "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,), "rope_type": ("default", "linear", "llama3"),
+    "dtype": tuple(DTYPES),
 }
 
 
@@ -117,75 +122,59 @@ def is_int(value, low, high=math.inf):
     return type(value) is int and low <= value <= high
 
 
-def read_json(path):
-    """The JSON object in a file; a ValueError that names the file where there is none."""
+@contextmanager
+def reading(path):
+    """Whatever is wrong with the contents of a file becomes one ValueError that names the file."""
     try:
+        yield
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SafetensorError,
+            TemplateError) as error:
+        raise ValueError(f"{path}: {error if type(error) is ValueError else repr(error)}") from None
+
+
+def read_json(path):
+    with reading(path):
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:       # broken UTF-8, broken JSON, or not an object
-        raise ValueError(f"{path}: not a JSON object ({error})") from None
-
-
-@dataclass
-class ModelConfig:
-    """A decoder's sizes and switches, in the words of LLaMA's config.json, for both families."""
-    family: str                            # "gpt2" or "llama"
-    vocab_size: int                        # V
-    hidden_size: int                       # E
-    num_hidden_layers: int                 # L
-    num_attention_heads: int               # H
-    max_position_embeddings: int           # longest context the model was made for
-    intermediate_size: int = 0             # width of the MLP; 0: 4 E
-    num_key_value_heads: int = 0           # K; H / K query heads share one (GQA); 0: H
-    head_dim: int = 0                      # D; H * D need not be E; 0: E / H
-    rms_norm_eps: float = 1e-5
-    tie_word_embeddings: bool = False      # the output matrix is the embedding
-    attention_bias: bool = False
-    mlp_bias: bool = False
-    dtype: str = "float32"                 # of the checkpoint
-    rope: dict = None                      # rope_theta, rope_type and the settings of that type
-    eos_token_id: int | list[int] = ()     # any of them ends a text
-
-    def __post_init__(self):
-        self.intermediate_size = self.intermediate_size or 4 * self.hidden_size
-        self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        self.head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
-        self.eos_token_id = [self.eos_token_id] if is_int(self.eos_token_id, 0) else self.eos_token_id
-        for f in fields(self):
-            if f.type is int:
-                require(is_int(getattr(self, f.name), 1), f.name, getattr(self, f.name), "at least 1")
-        require(self.num_attention_heads % self.num_key_value_heads == 0, "num_key_value_heads",
-                self.num_key_value_heads, f"a divisor of {self.num_attention_heads} query heads")
-        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "even")
-        require(self.dtype in DTYPES, "dtype", self.dtype, " or ".join(DTYPES))
 
 
 def load_config(folder):
-    """Read config.json, and the end-of-text ids of generation_config.json -> ModelConfig.
+    """Read config.json as one form for both families -> a namespace with the names of LLaMA's file:
 
+    vocab_size (V), hidden_size (E), num_hidden_layers (L), num_attention_heads (H),
+    num_key_value_heads (K; H / K query heads share one), head_dim (D; H * D need not be E),
+    intermediate_size (of the MLP), max_position_embeddings (the longest context), rms_norm_eps,
+    tie_word_embeddings (the output matrix is the embedding), attention_bias, mlp_bias, dtype (of
+    the checkpoint), rope (theta, type and its settings), eos_token_id (a list: any ends a text),
+    family ("gpt2" or "llama").
     Raises: ValueError that names file, key, value and what is supported.
     """
     path, generation = folder / "config.json", folder / "generation_config.json"
-    raw = {GPT2_KEYS.get(key, key): value for key, value in read_json(path).items()}
-    if generation.is_file():
+    raw = {GPT2_KEYS.get(key, key): v for key, v in read_json(path).items() if v is not None}
+    if generation.is_file():                       # its end-of-text ids count, if it has any
         raw |= {k: v for k, v in read_json(generation).items() if k == "eos_token_id"}
-    # transformers 5 writes rope_parameters; before, rope_theta stood beside rope_scaling
-    rope = {"rope_theta": raw.get("rope_theta") or 10000.0,
-            **(raw.get("rope_parameters") or raw.get("rope_scaling") or {})}
-    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    raw |= {"rope": rope, "rope_type": rope["rope_type"],
-            "dtype": raw.get("dtype") or raw.get("torch_dtype")}
-    arch = (raw.get("architectures") or [None])[0]
-    require(arch in FAMILIES, f"{path}: architecture", arch, " or ".join(FAMILIES))
-    for key, computed in COMPUTED.items():
-        require(raw.get(key, computed[0]) in computed, f"{path}: {key}", raw.get(key),
-                " or ".join(map(str, computed)))
-    if FAMILIES[arch] == "gpt2":
-        raw = {"tie_word_embeddings": True, **raw, "attention_bias": True, "mlp_bias": True}
-    given = {f.name: raw[f.name] for f in fields(ModelConfig) if raw.get(f.name) is not None}
-    try:
-        return ModelConfig(family=FAMILIES[arch], **given)
-    except (TypeError, ValueError, ArithmeticError) as error:      # missing, wrong type, wrong value
-        raise ValueError(f"{path}: {error}") from None
+    with reading(path):
+        arch = raw.get("architectures", [None])[0]
+        require(arch in FAMILIES, "architecture", arch, " or ".join(FAMILIES))
+        gpt2 = FAMILIES[arch] == "gpt2"
+        c = {"num_key_value_heads": raw["num_attention_heads"], "tie_word_embeddings": gpt2,
+             "head_dim": raw["hidden_size"] // raw["num_attention_heads"],
+             "intermediate_size": 4 * raw["hidden_size"], "rms_norm_eps": 1e-5 if gpt2 else 1e-6,
+             "attention_bias": gpt2, "mlp_bias": gpt2, "eos_token_id": [], "rope_theta": 10000.0,
+             "dtype": raw.get("torch_dtype", "float32"), **raw, "family": FAMILIES[arch]}
+        # transformers 5 writes rope_parameters; before, rope_theta stood beside rope_scaling
+        c["rope"] = {"rope_theta": c["rope_theta"],
+                     **raw.get("rope_parameters", raw.get("rope_scaling", {}))}
+        c["rope_type"] = c["rope"].get("rope_type", c["rope"].get("type", "default"))
+        if is_int(c["eos_token_id"], 0):
+            c["eos_token_id"] = [c["eos_token_id"]]
+        for key, computed in COMPUTED.items():
+            require(c.get(key, computed[0]) in computed, key, c.get(key), f"one of {computed}")
+        for key in SIZES:
+            require(is_int(c[key], 1), key, c[key], "a positive integer")
+        require(c["num_attention_heads"] % c["num_key_value_heads"] == 0, "num_key_value_heads",
+                c["num_key_value_heads"], f"a divisor of {c['num_attention_heads']} query heads")
+        require(c["head_dim"] % 2 == 0, "head_dim", c["head_dim"], "even")
+        return SimpleNamespace(**c)
 
 
 def checkpoint_files(folder):
@@ -196,8 +185,8 @@ def checkpoint_files(folder):
     for name in sorted(names):
         require(Path(name).name == name, f"{index}: file", name, "a plain name in the same folder")
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: {name} is missing; weights are read from safetensors"
-                                    " alone, as a pickle (.bin) can run code when it is opened")
+            raise FileNotFoundError(f"{folder}: {name} is missing; only safetensors are read, as a "
+                                    "pickle (.bin) can run code when it is opened")
     return [folder / name for name in sorted(names)]
 
 
@@ -209,20 +198,16 @@ def find_tensors(folder, wanted, is_ignored):
     """
     places, files = {}, checkpoint_files(folder)
     for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a complete safetensors file ({error}); "
-                             "download it again") from None
-        for key, shape in shapes.items():
-            name = key.removeprefix("transformer.")
-            if not is_ignored(name):
-                require(name in wanted and name not in places, f"{path}: tensor", key,
-                        "one that such a model has, and only once")
-                require(shape == wanted[name].shape, f"{path}: shape of {key}", shape,
-                        f"{tuple(wanted[name].shape)} by config.json")
-                places[name] = path, key
+        with reading(path), safe_open(path, "pt") as file:
+            for key in file.keys():
+                name = key.removeprefix("transformer.")
+                shape = tuple(file.get_slice(key).get_shape())
+                if not is_ignored(name):
+                    require(name in wanted and name not in places, f"tensor {key} {shape}",
+                            "unexpected", "one that such a model has, and only once")
+                    require(shape == wanted[name].shape, f"shape of {key}", shape,
+                            f"{tuple(wanted[name].shape)} by config.json")
+                    places[name] = path, key
     for name in wanted.keys() - places.keys():
         raise ValueError(f"{folder}: tensor {name} {tuple(wanted[name].shape)} is missing in "
                          f"{', '.join(path.name for path in files)}")
@@ -256,42 +241,43 @@ def download(repo_id):
     cache = Path(os.environ.get("NANOPAGED_CACHE") or "~/.cache/nanopaged").expanduser()
     folder = cache / repo_id.replace("/", "--")
     receipt = folder / "downloaded.json"           # written last: the rest is whole
-    if not receipt.is_file():
-        endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-        info = _get(f"{endpoint}/api/models/{repo_id}/revision/main?blobs=true").json()
-        files = [file for file in info["siblings"] if REPO_FILES.fullmatch(file["rfilename"])]
-        if not any(file["rfilename"].endswith(".safetensors") for file in files):
-            raise OSError(f"{repo_id} has no model*.safetensors, and other formats are refused: "
-                          "a pickle (.bin) can run code when it is opened")
+    if receipt.is_file():
+        return folder
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    listing = f"{endpoint}/api/models/{repo_id}/revision/main?blobs=true"
+    with reading(listing):
+        info = _get(listing).json()
+        files = {file["rfilename"]: file for file in info["siblings"]
+                 if REPO_FILES.fullmatch(file["rfilename"])}
+        require(any(name.endswith(".safetensors") for name in files), "list of weights", [],
+                "model*.safetensors: a pickle (.bin) can run code when it is opened")
         folder.mkdir(parents=True, exist_ok=True)
-        for file in files:
-            _fetch(f"{endpoint}/{repo_id}/resolve/{info['sha']}/{file['rfilename']}", folder, file)
-        receipt.write_text(json.dumps({"repo_id": repo_id, "commit": info["sha"]}))
+        for name, file in files.items():
+            checksum = (file.get("lfs") or {}).get("sha256") or file["blobId"]
+            url = f"{endpoint}/{repo_id}/resolve/{info['sha']}/{name}"
+            _fetch(url, folder / name, file["size"], checksum)
+    receipt.write_text(json.dumps({"repo_id": repo_id, "commit": info["sha"]}))
     return folder
 
 
 def _get(url, **headers):
+    headers["Accept-Encoding"] = "identity"        # a Range must count the file's own bytes
     if token := os.environ.get("HF_TOKEN"):
         headers["Authorization"] = f"Bearer {token}"
-    headers["Accept-Encoding"] = "identity"        # a Range must count the file's own bytes
     try:
         response = requests.get(url, stream=True, timeout=(10, 60), headers=headers)
     except requests.RequestException as error:
-        raise requests.ConnectionError(f"cannot reach {url} ({type(error).__name__}; offline?); give "
-                                       "a folder with the model's files, or tiny") from None
+        raise requests.ConnectionError(f"cannot reach {url} ({type(error).__name__}; offline?); "
+                                       "give a model's folder, or tiny") from None
     if not response.ok:
-        help = {401: "no such repository, or set HF_TOKEN to a token that may read it",
-                403: "set HF_TOKEN to a token that may read it", 404: "no such repository"}
-        raise OSError(f"{url}: the server answered {response.status_code}: "
-                      f"{help.get(response.status_code, 'try again later')}")
+        raise OSError(f"{url}: the server answered {response.status_code} {response.reason}; check "
+                      "the name, and for a private model set HF_TOKEN")
     return response
 
 
-def _fetch(url, folder, info, tries=5):
+def _fetch(url, path, size, checksum, tries=5):
     """One file: resumed after a cut, renamed into place only when size and checksum are right."""
-    name, size, sha256 = info["rfilename"], info["size"], (info.get("lfs") or {}).get("sha256")
-    checksum = sha256 or info["blobId"]            # small files: git's SHA-1 over a header + bytes
-    part = folder / f"{name}.{checksum[:12]}.part"               # never resumed as another version
+    part = path.with_name(f"{path.name}.{checksum[:12]}.part")   # never resumed as another version
     part.touch()
     while (have := part.stat().st_size) < size and tries:
         tries -= 1
@@ -300,22 +286,27 @@ def _fetch(url, folder, info, tries=5):
                     open(part, "ab" if response.status_code == 206 else "wb") as file:
                 for chunk in response.iter_content(1 << 20):
                     file.write(chunk)
-                    if sys.stderr.isatty():
-                        bar = "#" * (30 * file.tell() // size)
-                        print(f"\r{name:32.32} [{bar:30}] {file.tell() / 1e6:,.1f} of "
-                              f"{size / 1e6:,.1f} MB ", end="", file=sys.stderr, flush=True)
+                    _show_progress(path.name, file.tell(), size)
         except requests.RequestException:
             time.sleep(0.2)                        # cut: what came is kept, ask for the rest
     if have < size:
         raise OSError(f"{url}: cut off at {have} of {size} bytes; run again to resume")
+    # SHA-256 of large files; of small ones git's SHA-1, over a header and the bytes
+    hasher = hashlib.sha256() if len(checksum) == 64 else hashlib.sha1(b"blob %d\0" % size)
     with open(part, "rb") as file:
-        hasher = hashlib.sha256() if sha256 else hashlib.sha1(b"blob %d\0" % size)
         got = hashlib.file_digest(file, lambda: hasher).hexdigest()
     if have > size or got != checksum:
         part.unlink()
-        raise OSError(f"{url}: damaged: {have} bytes with checksum {got[:12]}, expected {size} with "
-                      f"{checksum[:12]}; removed, run again")
-    os.replace(part, folder / name)
+        raise OSError(f"{url}: damaged: {have} bytes with checksum {got[:12]}, expected {size} "
+                      f"with {checksum[:12]}; removed, run again")
+    os.replace(part, path)
+
+
+def _show_progress(name, done, size):
+    if sys.stderr.isatty():
+        bar, end = "#" * (30 * done // size), "\n" if done >= size else ""
+        print(f"\r{name:30.30} [{bar:30}] {done / 1e6:,.1f} of {size / 1e6:,.1f} MB", end=end,
+              file=sys.stderr, flush=True)
 
 
 def find_model(model):
@@ -325,8 +316,8 @@ def find_model(model):
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(model)):
         folder = download(str(model))
     if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{model}: no folder with a config.json; give tiny, a model's folder, "
-                                "or a Hugging Face repo id (HuggingFaceTB/SmolLM2-135M-Instruct)")
+        raise FileNotFoundError(f"{model}: no folder with a config.json; give tiny, a model's "
+                                "folder, or a repo id like HuggingFaceTB/SmolLM2-135M-Instruct")
     return folder
 
 
@@ -388,47 +379,51 @@ class Tokenizer:
         self.special = {}        # {text: id}: no text of a user's stands for one of these
         self.added = {}          # {text: id} of added ordinary tokens, matched before all else
         self.prefix = []         # ids put before each text, such as a beginning-of-text token
-        self.bytes_of = {}       # {id: the bytes it adds to a text}; special tokens add none
+        self.bytes_of = {}       # {id: the bytes it adds to a text}; special tokens have none
         self.first_space = ""    # a space that decode() drops: LLaMA-2 begins each text with one
-        if (folder / "tokenizer.json").is_file():
-            self._read_spec(read_json(folder / "tokenizer.json"), folder / "tokenizer.json")
-        elif (folder / "tokenizer.model").is_file():
-            self._read_tiktoken(folder / "tokenizer.model")
-        elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-            vocab = read_json(folder / "vocab.json")
-            merges = (folder / "merges.txt").read_text(encoding="utf-8").split("\n")[1:]
-            self.special = {text: vocab[text] for text in ("<|endoftext|>",) if text in vocab}
-            self._use_byte_level(vocab, [m.split(" ") for m in merges if m], [GPT2_SPLIT], {})
-        else:
-            raise FileNotFoundError(f"{folder}: no tokenizer there; needs tokenizer.json, or "
-                                    "tokenizer.model, or vocab.json with merges.txt")
+        readers = {"tokenizer.json": self._read_spec, "tokenizer.model": self._read_tiktoken,
+                   "vocab.json": self._read_gpt2}
+        present = [name for name in readers if (folder / name).is_file()]
+        if not present:
+            raise FileNotFoundError(f"{folder}: no tokenizer there; needs {' or '.join(readers)}")
+        with reading(folder / present[0]):
+            readers[present[0]](folder / present[0])
 
-    def _read_spec(self, spec, path):
+    def _read_gpt2(self, path):
+        """GPT-2's own files: vocab.json, and merges.txt with a heading line."""
+        vocab = read_json(path)
+        merges = path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")[1:]
+        self.special = {"<|endoftext|>": vocab["<|endoftext|>"]}
+        self._use_byte_level(vocab, [m.split(" ") for m in merges if m], [GPT2_SPLIT])
+
+    def _read_spec(self, path):
         """tokenizer.json of the tokenizers library."""
+        spec = read_json(path)
         model = spec["model"]
-        require(model.get("type", "BPE") == "BPE", f"{path}: model", model.get("type"), "BPE")
+        require(model.get("type", "BPE") == "BPE", "model", model.get("type"), "BPE")
         for token in spec.get("added_tokens", []):
             (self.special if token["special"] else self.added)[token["content"]] = token["id"]
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         if model.get("byte_fallback"):
             self._use_byte_fallback(model["vocab"], merges, spec.get("pre_tokenizer") or {})
         else:
-            require(not spec.get("normalizer"), f"{path}: normalizer", spec.get("normalizer"), "null")
-            self._use_byte_level(model["vocab"], merges, self._split_patterns(spec, path), model)
+            require(not spec.get("normalizer"), "normalizer", spec.get("normalizer"), "null")
+            patterns = self._split_patterns(spec.get("pre_tokenizer") or {})
+            self._use_byte_level(model["vocab"], merges, patterns, model.get("ignore_merges"))
         self.bytes_of |= {i: text.encode() for text, i in self.added.items()}
         self.bytes_of |= dict.fromkeys(self.special.values(), b"")
         processor = spec.get("post_processor") or {}
         for part in processor.get("processors", [processor]):
             if part.get("type") == "TemplateProcessing":       # such as <s> before every text
-                require("Sequence" in part["single"][-1], f"{path}: template", part["single"],
+                require("Sequence" in part["single"][-1], "template", part["single"],
                         "one that ends with the text")
                 names = [p["SpecialToken"]["id"] for p in part["single"][:-1]]
                 self.prefix = [i for name in names for i in part["special_tokens"][name]["ids"]]
 
-    def _split_patterns(self, spec, path):
+    def _split_patterns(self, pre_tokenizer):
         """The split patterns of byte-level BPE, each applied to the pieces of the one before."""
-        pre, patterns = spec.get("pre_tokenizer") or {}, []
-        for part in pre.get("pretokenizers", [pre]):
+        patterns = []
+        for part in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
             match part:
                 case {"type": "Digits", "individual_digits": True}:
                     patterns.append(r"\p{N}")
@@ -437,16 +432,16 @@ class Tokenizer:
                 case {"type": "ByteLevel", "add_prefix_space": False}:
                     patterns += [GPT2_SPLIT] if part.get("use_regex", True) else []
                 case _:
-                    require(False, f"{path}: pre_tokenizer", part, "Digits, Split or ByteLevel")
+                    require(False, "pre_tokenizer", part, "Digits, Split or ByteLevel")
         return patterns
 
-    def _use_byte_level(self, vocab, merges, patterns, model):
+    def _use_byte_level(self, vocab, merges, patterns, ignore_merges=False):
         """tiktoken with ranks of our own: the bytes, then the merges in their order.
 
         tiktoken takes a piece that is a token as a whole; "ignore_merges" asks for just that, so
         tokens that no merge makes get a rank too.
         """
-        made = [left + right for left, right in merges] + [*vocab] * model.get("ignore_merges", False)
+        made = [left + right for left, right in merges] + [*vocab] * bool(ignore_merges)
         tokens = [t for t in dict.fromkeys([*BYTE_OF, *made]) if BYTE_OF.keys() >= {*t}]
         ranks = {bytes(BYTE_OF[c] for c in token): rank for rank, token in enumerate(tokens)}
         id_of = [vocab.get(token) for token in tokens]         # None: a byte unknown to the model
@@ -459,22 +454,21 @@ class Tokenizer:
             for pattern in outer:
                 pieces = [p for piece in pieces for p in regex.split(f"({pattern})", piece) if p]
             ids = [id_of[rank] for piece in pieces for rank in encoding.encode_ordinary(piece)]
-            return [i for i in ids if i is not None]           # dropped, as the tokenizers library does
+            return [i for i in ids if i is not None]   # dropped, as by the tokenizers library
 
         self._encode_ordinary = encode
 
     def _read_tiktoken(self, path):
         """LLaMA-3's tokenizer.model: one token a line, base64 and rank."""
-        try:
-            rows = map(bytes.split, filter(None, path.read_bytes().splitlines()))
-            ranks = {base64.b64decode(token): int(rank) for token, rank in rows}
-        except ValueError:
-            raise ValueError(f"{path}: not in tiktoken's format (SentencePiece?); put the model's "
-                             "tokenizer.json beside it") from None
+        lines = path.read_bytes().splitlines()
+        require(all(re.fullmatch(rb"\S+ \d+", line) for line in lines), "format", "SentencePiece?",
+                "tiktoken's; put the model's tokenizer.json beside it")
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
         self.bytes_of = {rank: token for token, rank in ranks.items()}
         self.special = {text: len(ranks) + offset for text, offset in LLAMA3_SPECIAL.items()}
         self.prefix = [self.special["<|begin_of_text|>"]]
-        encoding = tiktoken.Encoding("", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens={})
+        encoding = tiktoken.Encoding("", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks,
+                                     special_tokens={})
         self._encode_ordinary = lambda text, at_start: encoding.encode_ordinary(text)
 
     def _use_byte_fallback(self, vocab, merges, pre_tokenizer):
@@ -510,7 +504,8 @@ class Tokenizer:
         pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if known else [text]
         ids = list(self.prefix) if add_special_tokens else []
         for i, piece in enumerate(pieces):                     # odd pieces are the matches
-            ids += [known[piece]] if i % 2 else self._encode_ordinary(piece, i == 0) if piece else []
+            if piece:
+                ids += [known[piece]] if i % 2 else self._encode_ordinary(piece, at_start=i == 0)
         return ids
 
     def token_bytes(self, token_id):
@@ -532,17 +527,15 @@ class Tokenizer:
         source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
         if isinstance(source, list):                           # several, by name
             source = {t["name"]: t["template"] for t in source}.get("default")
-        require(source, f"{self.folder}: chat template", source, "there for a chat")
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                             extensions=["jinja2.ext.loopcontrols"])
         env.globals |= {"raise_exception": _template_error, "strftime_now": time.strftime}
         special = {k: v["content"] if isinstance(v, dict) else v
                    for k, v in config.items() if k.endswith("_token") and v}
-        try:
+        with reading(f"{self.folder}: chat template"):
+            require(source, "it", source, "there for a chat")
             return env.from_string(source).render(messages=messages, add_generation_prompt=True,
                                                   **special)
-        except TemplateError as error:
-            raise ValueError(f"{self.folder}: its chat template fails: {error}") from None
 
 
 def _template_error(message):
@@ -560,26 +553,28 @@ class OutOfBlocks(MemoryError):
     """The block pool cannot hold what was asked for; nothing was changed."""
 
 
-# Every numeric setting of the API and the command line: (type, lowest, highest).
+# Every setting of the API and the command line: (type, lowest, highest), or a list of choices.
 LIMITS = {
     "n": (int, 1, 1), "temperature": (float, 0, 1e6), "top_p": (float, 1e-6, 1),
     "top_k": (int, -1, 1 << 31), "min_p": (float, 0, 1), "seed": (int, 0, (1 << 63) - 1),
-    "max_tokens": (int, 1, 1 << 31), "logprobs": (int, 0, 100),
-    "repetition_penalty": (float, 0.001, 1000), "block_size": (int, 1, 256),
+    "max_tokens": (int, 1, 1 << 31), "logprobs": (int, 0, 100), "ignore_eos": [False, True],
+    "repetition_penalty": (float, 0.001, 1000), "block_size": [1 << i for i in range(9)],
     "num_blocks": (int, 1, 1 << 31), "max_num_seqs": (int, 1, 1 << 20),
     "max_num_batched_tokens": (int, 1, 1 << 31), "max_model_len": (int, 2, 1 << 31),
-    "gpu_memory_utilization": (float, 0.01, 1),
+    "gpu_memory_utilization": (float, 0.01, 1), "device": ["auto", "cpu", "cuda"],
+    "dtype": ["auto", *DTYPES], "load_format": ["auto", "dummy"],
 }
 
 
 def check_limits(settings, optional=()):
     """Raise a ValueError that names the first of {name: value} outside LIMITS."""
     for name, value in settings.items():
-        if name in LIMITS and not (value is None and name in optional):
-            kind, low, high = LIMITS[name]
-            ok = type(value) in (int, kind) and low <= value <= high   # NaN compares false
-            require(ok, name, value, f"{'an integer' if kind is int else 'a number'} "
-                                     f"from {low} to {high}")
+        match LIMITS.get(name):
+            case [type() as kind, low, high] if value is not None or name not in optional:
+                ok = type(value) in (int, kind) and low <= value <= high    # NaN compares false
+                require(ok, name, value, f"{kind.__name__} from {low} to {high}")
+            case list() as choices:
+                require(value in choices, name, value, f"one of {choices}")
 
 
 @dataclass
@@ -606,7 +601,6 @@ class SamplingParams:
                 "a text or a list of texts, none of them empty")
         require(all(is_int(i, 0) for i in self.stop_token_ids), "stop_token_ids",
                 self.stop_token_ids, "a list of token ids")
-        require(type(self.ignore_eos) is bool, "ignore_eos", self.ignore_eos, "True or False")
 
 
 Status = Enum("Status", "WAITING RUNNING SWAPPED FINISHED")
@@ -736,17 +730,14 @@ class BlockPool:
 
     def check(self, seqs):
         """Assert I1, I2 and I4 over all sequences that hold blocks."""
-        rows = [0] * self.num_blocks
+        rows = Counter(block_id for seq in seqs for block_id in seq.block_table)
         for seq in seqs:
-            expected = -(-seq.num_kv // self.block_size)
-            assert len(seq.block_table) == expected, f"I4: {len(seq.block_table)} != {expected}"
-            for block_id in seq.block_table:
-                rows[block_id] += 1
-        assert rows == self.ref_count, "I1: reference counts are not the table rows"
-        held = {b for b, count in enumerate(rows) if count}
-        assert held.isdisjoint(self.free_blocks), f"I2: free and held: {held & set(self.free_blocks)}"
-        assert len(held) + len(set(self.free_blocks)) == self.num_blocks == len(held) + self.num_free, \
-            "I2: a block is lost, or free twice"
+            assert len(seq.block_table) == -(-seq.num_kv // self.block_size), \
+                f"I4: {seq.num_kv} tokens in {len(seq.block_table)} blocks of {self.block_size}"
+        assert all(rows[block_id] == count for block_id, count in enumerate(self.ref_count)), \
+            f"I1: {self.ref_count} are not the table rows, {rows}"
+        assert sorted([*self.free_blocks, *rows]) == list(range(self.num_blocks)), \
+            f"I2: a block is lost, or twice in free {self.free_blocks} and held {sorted(rows)}"
 
 
 # ================================================================================================
@@ -844,7 +835,7 @@ class Batch:
     slot_mapping: torch.Tensor      # (T,) block_id * B + offset: where its K and V go
     block_tables: torch.Tensor      # (S, M) int32, rows padded with 0
     context_lens: torch.Tensor      # (S,) int32, this step's tokens included
-    query_start: torch.Tensor       # (S+1,) int32: sequence s has rows query_start[s]:query_start[s+1]
+    query_start: torch.Tensor       # (S+1,) int32: row of each sequence's first token, and T
     max_query_len: int
     last_rows: torch.Tensor         # rows whose logits are wanted
 
@@ -882,21 +873,18 @@ def make_batch(scheduled, block_size, device):
 #      LLaMA      RoPE, on each q and k    RMSNorm     silu(gate) * up         none, mostly
 # ================================================================================================
 
-# Our module: the checkpoint's, stacked row by row where we keep several as one matrix.
-GPT2_NAMES = {
-    "embed_tokens": ["wte"], "embed_positions": ["wpe"], "norm": ["ln_f"], "lm_head": ["lm_head"],
-    "layers.{}.attn_norm": ["h.{}.ln_1"], "layers.{}.qkv": ["h.{}.attn.c_attn"],
-    "layers.{}.o": ["h.{}.attn.c_proj"], "layers.{}.mlp_norm": ["h.{}.ln_2"],
-    "layers.{}.up": ["h.{}.mlp.c_fc"], "layers.{}.down": ["h.{}.mlp.c_proj"],
-}
-LLAMA_NAMES = {
-    "embed_tokens": ["model.embed_tokens"], "norm": ["model.norm"], "lm_head": ["lm_head"],
-    "layers.{}.attn_norm": ["model.layers.{}.input_layernorm"],
-    "layers.{}.qkv": [f"model.layers.{{}}.self_attn.{x}_proj" for x in "qkv"],
-    "layers.{}.o": ["model.layers.{}.self_attn.o_proj"],
-    "layers.{}.mlp_norm": ["model.layers.{}.post_attention_layernorm"],
-    "layers.{}.up": ["model.layers.{}.mlp.gate_proj", "model.layers.{}.mlp.up_proj"],
-    "layers.{}.down": ["model.layers.{}.mlp.down_proj"],
+# Our modules; GPT-2's name of each; LLaMA's, several where we stack their rows in one matrix.
+NAMES = {
+    "embed_tokens": ("wte", "model.embed_tokens"), "embed_positions": ("wpe",),
+    "norm": ("ln_f", "model.norm"), "lm_head": ("", "lm_head"),
+    "layers.{}.attn_norm": ("h.{}.ln_1", "model.layers.{}.input_layernorm"),
+    "layers.{}.qkv": ("h.{}.attn.c_attn", "model.layers.{}.self_attn.q_proj",
+                      "model.layers.{}.self_attn.k_proj", "model.layers.{}.self_attn.v_proj"),
+    "layers.{}.o": ("h.{}.attn.c_proj", "model.layers.{}.self_attn.o_proj"),
+    "layers.{}.mlp_norm": ("h.{}.ln_2", "model.layers.{}.post_attention_layernorm"),
+    "layers.{}.up": ("h.{}.mlp.c_fc", "model.layers.{}.mlp.gate_proj",
+                     "model.layers.{}.mlp.up_proj"),
+    "layers.{}.down": ("h.{}.mlp.c_proj", "model.layers.{}.mlp.down_proj"),
 }
 # Constants that old checkpoints carry: causal masks and rotary tables.
 BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")
@@ -906,10 +894,10 @@ def rope_frequencies(config):
     """Radians a position for each of the D/2 rotated pairs (Su et al. 2021) -> (D/2,) float32."""
     exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
     frequency = 1.0 / config.rope["rope_theta"] ** exponent
-    if config.rope["rope_type"] == "default":
+    if config.rope_type == "default":
         return frequency
     slowed = frequency / config.rope["factor"]
-    if config.rope["rope_type"] == "linear":
+    if config.rope_type == "linear":
         return slowed
     # LLaMA-3.1: pairs that turn often within the original context stay, slow ones are slowed,
     # and between the two limits the two are mixed.
@@ -919,9 +907,17 @@ def rope_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + D/2]) by its token's angle. x (T, heads, D); cos, sin (T, 1, D/2)."""
+    """Turn each pair (x[i], x[i + D/2]) by its token's angle.
+
+    Shapes: x (T, heads, D); cos, sin (T, 1, D/2) -> (T, heads, D).
+    """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def make_norm(config):
+    norm = nn.LayerNorm if config.family == "gpt2" else nn.RMSNorm
+    return norm(config.hidden_size, config.rms_norm_eps)
 
 
 class Layer(nn.Module):
@@ -930,13 +926,12 @@ class Layer(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config = c
-        norm = nn.LayerNorm if c.family == "gpt2" else nn.RMSNorm
         self.heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
         gates = 1 if c.family == "gpt2" else 2
-        self.attn_norm = norm(c.hidden_size, c.rms_norm_eps)
+        self.attn_norm = make_norm(c)
         self.qkv = nn.Linear(c.hidden_size, sum(self.heads) * c.head_dim, bias=c.attention_bias)
         self.o = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
-        self.mlp_norm = norm(c.hidden_size, c.rms_norm_eps)
+        self.mlp_norm = make_norm(c)
         self.up = nn.Linear(c.hidden_size, gates * c.intermediate_size, bias=c.mlp_bias)
         self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
 
@@ -968,7 +963,7 @@ class Decoder(nn.Module):
         if c.family == "gpt2":
             self.embed_positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
-        self.norm = (nn.LayerNorm if c.family == "gpt2" else nn.RMSNorm)(c.hidden_size, c.rms_norm_eps)
+        self.norm = make_norm(c)
         if not c.tie_word_embeddings:
             self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
 
@@ -983,19 +978,19 @@ class Decoder(nn.Module):
         for layer, (k_cache, v_cache) in zip(self.layers, kv_cache, strict=True):
             x = layer(x, k_cache, v_cache, batch, rope)
         # the vocabulary is the widest matrix: only rows that are sampled meet it
-        x = self.norm(x[batch.last_rows])
-        return F.linear(x, (self.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight).float()
+        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+        return F.linear(self.norm(x[batch.last_rows]), head.weight).float()
 
     def checkpoint_views(self):
         """{name in the checkpoint: the part of our parameters that it fills}, in its own shape."""
         c, views = self.config, {}
         sizes = {3: [heads * c.head_dim for heads in self.layers[0].heads],    # q, k, v
                  2: [c.intermediate_size] * 2}                                 # gate, up
-        names = GPT2_NAMES if c.family == "gpt2" else LLAMA_NAMES
         for name, parameter in self.named_parameters():
             module, kind = name.rsplit(".", 1)
             layer = re.search(r"\d+|$", module)[0]
-            sources = names[re.sub(r"\d+", "{}", module)]
+            gpt2, *llama = NAMES[re.sub(r"\d+", "{}", module)]
+            sources = [gpt2] if c.family == "gpt2" else llama
             parts = parameter.data.split(sizes.get(len(sources), parameter.shape[0]))
             for source, part in zip(sources, parts, strict=True):
                 if c.family == "gpt2" and "layers" in module and part.dim() == 2:
@@ -1031,9 +1026,10 @@ def load_model(config, folder, device, dtype, load_format="auto"):
 
 
 def uniform(seeds, positions):
-    """A number in [0, 1) for each (seed, position): splitmix64 (Steele et al. 2014) -> (S,) float64.
+    """A number in [0, 1) for each (seed, position), by splitmix64 (Steele et al. 2014).
 
-    int64 tensors, whose products wrap around; the masks make the right shifts logical.
+    Shapes: int64 (S,), (S,) -> float64 (S,). Products of int64 wrap around, as they should; the
+    masks make the right shifts logical.
     """
     def mix(x):
         x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47      # 0xBF58476D1CE4E5B9
@@ -1117,8 +1113,7 @@ class Engine:
         self.max_model_len, self.seeds = max_model_len, random.Random(seed)
         self.groups = {}                           # request_id -> unfinished group
         self.request_ids = itertools.count()
-        self.counts = dict.fromkeys(("steps", "running", "computed_tokens", "generated_tokens",
-                                     "blocks_peak", "slots", "unused", "never_used"), 0)
+        self.counts = Counter()                    # what stats() reports
 
     def add_request(self, prompt, params):
         """Queue a prompt, given as text or as token ids -> its request_id.
@@ -1127,8 +1122,8 @@ class Engine:
         """
         text, vocab_size = prompt if isinstance(prompt, str) else None, self.model.config.vocab_size
         if text is not None or params.stop:
-            require(self.tokenizer, "prompt", prompt, "token ids, and without stop strings, as there "
-                                                      "is no tokenizer")
+            require(self.tokenizer, "prompt", prompt,
+                    "token ids, and without stop strings: there is no tokenizer")
         token_ids = self.tokenizer.encode(text) if text is not None else list(prompt)
         require(token_ids, "prompt", prompt, "at least one token long")
         for token_id in (*token_ids, *params.stop_token_ids):
@@ -1193,9 +1188,10 @@ class Engine:
     def _count_slots(self, scheduled):
         """What the KV memory of this step holds: tokens, or slots not (yet) used (paper, Fig 2)."""
         counts, block_size = self.counts, self.pool.block_size
+        num_held = self.pool.num_blocks - self.pool.num_free
+        counts["blocks_peak"] = max(counts["blocks_peak"], num_held)
         counts["steps"] += 1
         counts["running"] += len(scheduled)
-        counts["blocks_peak"] = max(counts["blocks_peak"], self.pool.num_blocks - self.pool.num_free)
         for seq, num_new in scheduled:
             unused = len(seq.block_table) * block_size - seq.num_kv
             counts["computed_tokens"] += num_new
@@ -1205,7 +1201,7 @@ class Engine:
             seq.steps_in_last_block = 1 if began_block else seq.steps_in_last_block + 1
 
     def _count_never_used(self, group):
-        """Only the end of a sequence tells which unused slots of its last block were for nothing."""
+        """Only at its end a sequence shows which slots of its last block were for nothing."""
         for seq in group.seqs:
             unused = len(seq.block_table) * self.pool.block_size - seq.num_kv
             self.counts["never_used"] += unused * seq.steps_in_last_block
@@ -1213,15 +1209,16 @@ class Engine:
     def stats(self):
         """Counters since the start. The kv_ shares are of all slots in held blocks, over all steps:
         reserved slots were used later, internal ones never; external is memory between pieces."""
-        counts, slots = dict(self.counts), max(1, self.counts["slots"])
-        unused, never_used = counts.pop("unused"), counts.pop("never_used")
-        del counts["slots"]
-        return {**counts, "mean_running": counts.pop("running") / max(1, counts["steps"]),
+        c, slots = self.counts, max(1, self.counts["slots"])
+        names = "steps", "computed_tokens", "generated_tokens", "blocks_peak"
+        return {**{name: c[name] for name in names},
+                "mean_running": c["running"] / max(1, c["steps"]),
                 "num_blocks": self.pool.num_blocks, "block_size": self.pool.block_size,
                 "blocks_used": self.pool.num_blocks - self.pool.num_free,
                 "preemptions_recompute": self.scheduler.num_preemptions,
-                "kv_tokens": 1 - unused / slots, "kv_reserved": (unused - never_used) / slots,
-                "kv_internal": never_used / slots, "kv_external": 0.0}   # all pieces have one size
+                "kv_tokens": 1 - c["unused"] / slots, "kv_internal": c["never_used"] / slots,
+                "kv_reserved": (c["unused"] - c["never_used"]) / slots,
+                "kv_external": 0.0}                # all pieces have one size
 
 
 # ================================================================================================
@@ -1269,12 +1266,9 @@ class LLM:
         Raises: ValueError, FileNotFoundError, OSError, MemoryError with one line each.
         """
         check_limits(locals(), optional=("num_blocks", "max_model_len"))
-        devices = ("auto", "cpu", "cuda")[:2 + torch.cuda.is_available()]
-        for name, value, allowed in (
-                ("block_size", block_size, [1 << i for i in range(9)]), ("device", device, devices),
-                ("dtype", dtype, ("auto", *DTYPES)), ("load_format", load_format, ("auto", "dummy"))):
-            require(value in allowed, name, value, " or ".join(map(str, allowed)))
-        device = devices[-1] if device == "auto" else device
+        cuda = torch.cuda.is_available()
+        require(device != "cuda" or cuda, "device", device, "cpu: torch finds no CUDA device here")
+        device = "cpu" if device == "cpu" or not cuda else "cuda"
         folder = find_model(model)
         config = load_config(folder)
         if dtype == "auto":
@@ -1287,8 +1281,8 @@ class LLM:
         longest = min(config.max_position_embeddings, kv_cache.shape[2] * block_size)
         require((max_model_len or 1) <= longest, "max_model_len", max_model_len,
                 f"at most {longest}, what model and block pool can hold")
-        self.engine = Engine(decoder, self.tokenizer, kv_cache, max_num_seqs, max_num_batched_tokens,
-                             max_model_len or longest, seed)
+        self.engine = Engine(decoder, self.tokenizer, kv_cache, max_num_seqs,
+                             max_num_batched_tokens, max_model_len or longest, seed)
 
     def generate(self, prompts, sampling_params=None):
         """Complete prompts -> one RequestOutput a prompt, in their order.
@@ -1322,72 +1316,86 @@ def draw_blocks(engine):
     """The pool, a letter for each sequence and a dot for a free block; then every block table."""
     pool, owner, lines = engine.pool, {}, []
     seqs = [(group.request_id, seq) for group in engine.scheduler.running for seq in group.seqs]
-    for letter, (request_id, seq) in zip(itertools.cycle(string.ascii_letters), seqs):
-        owner |= dict.fromkeys(seq.block_table, letter)
-        table = " ".join(map(str, seq.block_table[-12:]))
-        text = [engine.tokenizer.decode([token]) for token in seq.token_ids[-8:]]
-        lines.append(f"  {letter}  request {request_id}: {seq.num_tokens} tokens, {seq.num_kv} cached "
-                     f"in block{' ..' * (len(seq.block_table) > 12)} {table}  {''.join(text)!r}")
+    for i, (request_id, seq) in enumerate(seqs):
+        owner |= dict.fromkeys(seq.block_table, letter := string.ascii_letters[i % 52])
+        text = "".join(engine.tokenizer.decode([token_id]) for token_id in seq.token_ids[-8:])
+        table = ".. " * (len(seq.block_table) > 12) + " ".join(map(str, seq.block_table[-12:]))
+        lines.append(f"  {letter}: request {request_id}, {seq.num_tokens} tokens, {seq.num_kv} "
+                     f"cached in block {table}  {text!r}")
     for row in sorted({block_id // 64 for block_id in owner}):
         blocks = range(64 * row, min(64 * row + 64, pool.num_blocks))
         lines.append(f"  {64 * row:6} " + "".join(owner.get(block_id, ".") for block_id in blocks))
-    return "\n".join([f"step {engine.counts['steps']}: {len(engine.scheduler.running)} running, "
-                      f"{len(engine.scheduler.waiting)} waiting; {len(owner)} of {pool.num_blocks} "
-                      f"blocks held", *lines])
+    head = (f"step {engine.counts['steps']}: {len(seqs)} running, {len(engine.scheduler.waiting)} "
+            f"waiting, {len(owner)} of {pool.num_blocks} blocks held")
+    return "\n".join([head, *lines])
 
 
-REPORT = """\
-{generated_tokens} tokens in {seconds:.2f} s: {speed:.1f} tokens/s; {steps} steps, {mean_running:.1f} \
-requests in each
-blocks of {block_size} tokens: {blocks_peak} at the peak, {blocks_used} now, {num_blocks} in the pool; \
-{preemptions_recompute} preemptions
+REPORT = """{generated_tokens} tokens in {seconds:.2f} s: {speed:.1f} tokens/s; {steps} steps of \
+{mean_running:.1f} requests
+blocks of {block_size} tokens: {blocks_peak} at the peak, {blocks_used} now, {num_blocks} in the \
+pool; {preemptions_recompute} preemptions
 KV slots held: {kv_tokens:.1%} tokens, {kv_reserved:.1%} reserved, {kv_internal:.1%} internal and \
 {kv_external:.1%} external waste
-attention: torch reference, {device}"""
-
-OPTIONS = {   # of the command line, in the order of --help
-    "prompt": "a text to continue; repeatable; - reads it from stdin",
-    "prompts_file": "a file with one prompt a line; - is stdin",
-    "model": "tiny (the default, shipped), a folder, or a Hugging Face repo id",
-    "chat": "each prompt is a user's message, put into the model's chat template",
-    "max_tokens": "tokens to generate (128)", "temperature": "0 is greedy (0.8)",
-    "top_p": "keep the likeliest tokens that sum to this", "top_k": "keep the k likeliest tokens",
-    "min_p": "drop tokens less likely than this share of the likeliest",
-    "repetition_penalty": "above 1: repeat less", "stop": "end before this text; repeatable",
-    "ignore_eos": "go on past the end of the text", "logprobs": "with --json: the top so many",
-    "seed": "same seed, same texts (0)", "device": "cpu, cuda or auto (default)",
-    "dtype": "float32, bfloat16, float16 or auto (default)", "block_size": "tokens a block (16)",
-    "num_blocks": "blocks in the pool", "max_num_seqs": "requests that run together (256)",
-    "max_num_batched_tokens": "tokens computed a step (8192)",
-    "max_model_len": "tokens of prompt and output together",
-    "show_blocks": "draw pool and block tables on stderr after each step",
-    "json": "print one JSON object a prompt", "verbose": "report even if stderr is no terminal",
-}
-EXAMPLES = """examples:
-  python nanopaged.py --prompt "ROMEO:" --show-blocks --block-size 4
-  python nanopaged.py --model HuggingFaceTB/SmolLM2-135M-Instruct --chat --prompt "Who are you?"
-
-exit status: 0 done, 1 failed, 2 wrong usage or input, 130 stopped by Ctrl-C"""
+attention: torch reference on {device}"""
 
 
-def parse_args(argv):
-    parser = argparse.ArgumentParser(
-        prog="nanopaged.py", epilog=EXAMPLES, argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Generate text with a paged KV cache. Texts stream to stdout in the order of the"
-                    " prompts;\na report follows on stderr where that is a terminal.")
-    for name, text in OPTIONS.items():
-        kind = {"type": LIMITS.get(name, (str,))[0]}
-        if name in ("prompt", "stop"):
-            kind = {"action": "append", "default": []}
-        elif name in ("chat", "json", "ignore_eos", "show_blocks", "verbose"):
-            kind = {"action": "store_true", "default": False}
-        parser.add_argument("--" + name.replace("_", "-"), help=text, **kind)
-    parser.set_defaults(max_tokens=128, temperature=0.8, prompts_file=None)
-    args = parser.parse_args(argv)
-    if not args.prompt and args.prompts_file is None:
-        parser.error("give --prompt TEXT or --prompts-file FILE")
-    return args
+class CommandLine(argparse.ArgumentParser):
+    """Generate text with a paged KV cache.
+
+    Texts stream to stdout in the order of their prompts. A report follows on stderr, where that
+    is a terminal.
+
+    --prompt TEXT         a text to continue (repeatable; - reads it from stdin)
+    --prompts-file FILE   one prompt a line (- is stdin)
+    --model NAME          tiny (shipped, the default), a folder, or a Hugging Face repo id
+    --chat                prompts are a user's messages, put into the model's chat template
+    --max-tokens N        tokens to generate at most (128)
+    --temperature X       0 is greedy: always the likeliest token (0.8)
+    --top-p X             draw from the likeliest tokens that sum to this (1)
+    --top-k N             draw from the N likeliest tokens (all)
+    --min-p X             drop tokens less likely than this share of the likeliest (0)
+    --repetition-penalty X
+                          above 1: repeat less (1)
+    --stop TEXT           end before this text (repeatable)
+    --ignore-eos          go on past the model's end of text
+    --logprobs N          with --json: log-probabilities of the top N tokens
+    --seed N              same seed, same texts (0)
+    --device NAME         cpu, cuda or auto (the default)
+    --dtype NAME          float32, bfloat16, float16 or auto (the default)
+    --block-size N        tokens a block (16)
+    --num-blocks N        blocks in the pool (as many as are useful and fit)
+    --max-num-seqs N      requests that run together (256)
+    --max-num-batched-tokens N
+                          tokens computed a step (8192)
+    --max-model-len N     tokens of prompt and output together (what the model was made for)
+    --show-blocks         draw pool and block tables on stderr after each step
+    --json                print one JSON object a prompt
+    --verbose             report even if stderr is no terminal
+    --help                print this
+
+    examples:
+      python nanopaged.py --prompt "ROMEO:" --show-blocks --block-size 4
+      python nanopaged.py --model HuggingFaceTB/SmolLM2-135M-Instruct --chat --prompt "Who are you?"
+
+    exit status: 0 done, 1 failed, 2 wrong usage or input, 130 stopped by Ctrl-C
+    """
+
+    def __init__(self):
+        super().__init__("nanopaged.py", usage="nanopaged.py --prompt TEXT [--help] [options]",
+                         allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        # The docstring above is the help, and each of its lines that begins with -- an option.
+        for option, operand, text in re.findall(r"^ +(--\S+) ?([A-Z]*)(.*)", self.__doc__, re.M):
+            kind = LIMITS.get(option[2:].replace("-", "_"), [str])[0]
+            if operand and "repeatable" in text:
+                self.add_argument(option, action="append", default=[])
+            elif operand:
+                self.add_argument(option, type=kind if isinstance(kind, type) else type(kind))
+            elif option != "--help":
+                self.add_argument(option, action="store_true", default=False)
+        self.set_defaults(max_tokens=128, temperature=0.8, prompts_file=None)
+
+    def format_help(self):
+        return inspect.cleandoc(self.__doc__) + "\n"
 
 
 def read_text(path):
@@ -1403,9 +1411,9 @@ def write_outputs(engine, request_ids, args):
         if args.show_blocks:
             print(draw_blocks(engine), file=sys.stderr)
         while request_ids and (output := outputs.get(request_ids[0])):
-            text = output.outputs[0].text
-            if args.json:
-                text = json.dumps(asdict(output)) if output.finished else ""
+            text = json.dumps(asdict(output)) if args.json else output.outputs[0].text
+            if (args.json or args.show_blocks) and not output.finished:
+                text = ""                          # half a line, or a line among the drawings
             print(text[written:], end="\n" * output.finished, flush=True)
             written = len(text)
             if not output.finished:
@@ -1418,8 +1426,9 @@ def run(args):
     prompts = [read_text(prompt) if prompt == "-" else prompt for prompt in args.prompt]
     if args.prompts_file is not None:
         prompts += [line for line in read_text(args.prompts_file).splitlines() if line.strip()]
+    require(prompts, "number of prompts", 0, "1 or more: --prompt TEXT or --prompts-file FILE")
     settings, request_ids, status = vars(args), [], 0
-    params = SamplingParams(**{k: v for k, v in settings.items()
+    params = SamplingParams(**{k: v for k, v in settings.items()     # --seed is the engine's
                                if k in SamplingParams.__match_args__ and k != "seed"})
     llm = LLM(**{k: v for k, v in settings.items() if k in inspect.signature(LLM).parameters})
     start = time.perf_counter()
@@ -1444,9 +1453,8 @@ def run(args):
 
 def main(argv=None):
     """Run the command line; every foreseeable failure is one line on stderr."""
-    args = parse_args(argv)
     try:
-        return run(args)
+        return run(CommandLine().parse_args(argv))
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:                        # the reader, such as `head`, has seen enough

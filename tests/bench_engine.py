@@ -125,7 +125,7 @@ def measure(engines: dict[str, Engine], num_requests: int, args) -> tuple[dict, 
 def first_token_seconds(options: list[str], args) -> float:
     """Time `python nanopaged.py` from process start to its first byte on stdout: median seconds.
 
-    The first run, which fills the disk cache, does not count. Raises: RuntimeError if it fails.
+    The first run, which fills the disk cache, does not count. Raises: SubprocessError if it fails.
     """
     command = [sys.executable, str(ROOT / "nanopaged.py"), *options, "--prompt", CLI_PROMPT]
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
@@ -140,7 +140,8 @@ def first_token_seconds(options: list[str], args) -> float:
             process.kill()  # the rest of the text is not our question
             if not first:
                 reason = process.stderr.read().decode(errors="replace").strip().splitlines()
-                raise RuntimeError(f"{' '.join(command)}: {reason[-1] if reason else 'no output'}")
+                said = reason[-1] if reason else "no output"
+                raise subprocess.SubprocessError(f"{' '.join(command)}: {said}")
     return statistics.median(times[1:])
 
 
@@ -204,6 +205,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (smollm2.ModelUnavailable, RuntimeError) as error:
+    except (smollm2.ModelUnavailable, subprocess.SubprocessError) as error:
         print(f"bench_engine: {error}", file=sys.stderr)
         sys.exit(2)
