@@ -915,9 +915,16 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def make_norm(config):
-    norm = nn.LayerNorm if config.family == "gpt2" else nn.RMSNorm
-    return norm(config.hidden_size, config.rms_norm_eps)
+class Linear(nn.Linear):
+    """Left as it was allocated: first values would be lost work, as a checkpoint brings others."""
+
+    def reset_parameters(self):
+        pass
+
+
+def make_norm(c):
+    norm = nn.LayerNorm if c.family == "gpt2" else nn.RMSNorm
+    return norm(c.hidden_size, c.rms_norm_eps, **c.factory)
 
 
 class Layer(nn.Module):
@@ -927,13 +934,14 @@ class Layer(nn.Module):
         super().__init__()
         self.config = c
         self.heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
+        width, attention_width = c.hidden_size, c.num_attention_heads * c.head_dim
         gates = 1 if c.family == "gpt2" else 2
         self.attn_norm = make_norm(c)
-        self.qkv = nn.Linear(c.hidden_size, sum(self.heads) * c.head_dim, bias=c.attention_bias)
-        self.o = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.attention_bias)
+        self.qkv = Linear(width, sum(self.heads) * c.head_dim, c.attention_bias, **c.factory)
+        self.o = Linear(attention_width, width, c.attention_bias, **c.factory)
         self.mlp_norm = make_norm(c)
-        self.up = nn.Linear(c.hidden_size, gates * c.intermediate_size, bias=c.mlp_bias)
-        self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=c.mlp_bias)
+        self.up = Linear(width, gates * c.intermediate_size, c.mlp_bias, **c.factory)
+        self.down = Linear(c.intermediate_size, width, c.mlp_bias, **c.factory)
 
     def forward(self, x, k_cache, v_cache, batch, rope):
         """x (T, E) -> (T, E); writes the K and V of the T tokens into their slots."""
@@ -959,13 +967,17 @@ class Decoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config = c
-        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        def table(size):
+            return nn.Embedding.from_pretrained(torch.empty(size, c.hidden_size, **c.factory))
+
+        self.embed_tokens = table(c.vocab_size)
         if c.family == "gpt2":
-            self.embed_positions = nn.Embedding(c.max_position_embeddings, c.hidden_size)
+            self.embed_positions = table(c.max_position_embeddings)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.norm = make_norm(c)
         if not c.tie_word_embeddings:
-            self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+            self.lm_head = Linear(c.hidden_size, c.vocab_size, False, **c.factory)
+        self.frequencies = rope_frequencies(c).to(c.factory["device"])
 
     def forward(self, batch, kv_cache):
         """-> logits (len(batch.last_rows), V) float32; kv_cache (L, 2, N, B, K, D) is written."""
@@ -1001,11 +1013,8 @@ class Decoder(nn.Module):
 
 def load_model(config, folder, device, dtype, load_format="auto"):
     """A Decoder on `device`, filled from the folder or, as "dummy", with random weights."""
-    with torch.device("meta"):                     # shapes first: nothing is allocated twice
-        model = Decoder(config)
-    model = model.to(dtype).to_empty(device=device).requires_grad_(False)
-    if config.family == "llama":
-        model.frequencies = rope_frequencies(config).to(device)
+    config.factory = {"device": device, "dtype": dtype}
+    model = Decoder(config).requires_grad_(False)
     if load_format == "dummy":
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)

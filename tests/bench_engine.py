@@ -11,7 +11,8 @@ Three questions, all in float32 and greedy:
 
 Only a comparison within one run means anything, so the engines take turns, round by round, and
 each figure is the median of its rounds. transformers is no dependency: without it the same
-figures are printed, less the comparison.
+figures are printed, less the comparison. Where other programs run too, give fewer threads than
+cores: torch's threads wait for the slowest of them, at every operation.
 """
 
 import argparse
