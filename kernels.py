@@ -38,21 +38,22 @@ def write_kv_reference(k, v, k_cache, v_cache, slot_mapping):
     Shapes: k, v (T, K, D); k_cache, v_cache (N, B, K, D), any strides; slot_mapping (T,) int64.
     """
     block_size = k_cache.shape[1]
-    block_ids, offsets = slot_mapping // block_size, slot_mapping % block_size
-    k_cache[block_ids, offsets] = k
-    v_cache[block_ids, offsets] = v
+    where = slot_mapping // block_size, slot_mapping % block_size
+    k_cache.index_put_(where, k)
+    v_cache.index_put_(where, v)
 
 
-def _query_runs(context_lens, query_start):
-    """Cut the flat batch into runs of queries; like runs share one dense attention.
+def query_runs(block_tables, context_lens, query_start, block_size):
+    """What paged_attention_reference does alike for all layers of a step -> one tuple a run.
 
-    -> {(num_queries, size class): [(sequence, first row, context of the run), ...]}
+    A run is a set of sequences with equally many queries and contexts within 2x of each other, so
+    that it is one dense attention and padding at most doubles its work. All decodes have one
+    query; a long prompt is cut into runs of at most MAX_QUERY_RUN queries.
 
-    All decodes have one query, so they fall together. The size class is the bit length of the
-    context: contexts in a class differ by less than 2x, so padding at most doubles the work,
-    and one sequence of 8,000 tokens never pads a hundred of 50.
+    Shapes: rows (S, Q) of the flat batch; slots (S, C) of the keys; mask (S, Q, C), or None when
+        every query sees every key.
     """
-    runs, starts = {}, query_start.tolist()
+    runs, starts, device = {}, query_start.tolist(), block_tables.device
     for seq, context_len in enumerate(context_lens.tolist()):
         end = starts[seq + 1]
         for row in range(starts[seq], end, MAX_QUERY_RUN):
@@ -60,11 +61,23 @@ def _query_runs(context_lens, query_start):
             context = context_len - (end - row - num_queries)   # what the run's last query sees
             key = num_queries, context.bit_length()
             runs.setdefault(key, []).append((seq, row, context))
-    return runs
+    plans = []
+    for (num_queries, _), run in runs.items():
+        seqs, first_row, context = torch.tensor(run, device=device).T[:, :, None]           # (S, 1)
+        query = torch.arange(num_queries, device=device)
+        key_position = torch.arange(max(context for _, _, context in run), device=device)   # (C,)
+        # Past a sequence's end its last token is read again and masked: a slot never written
+        # may hold NaN, and 0 * NaN is NaN. The table's padding is not followed either.
+        readable = torch.minimum(key_position, context - 1)                                 # (S, C)
+        block_ids = block_tables[seqs[:, 0]].long().gather(1, readable // block_size)
+        slots = block_ids * block_size + readable % block_size
+        mask = key_position <= (context - num_queries + query)[:, :, None]
+        plans.append((first_row + query, slots, None if bool(mask.all()) else mask))
+    return plans
 
 
 def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, query_start, *,
-                              max_query_len, scale, out=None):
+                              max_query_len, scale, out=None, runs=None):
     """Causal attention of each sequence's new queries over its own blocks (paper, Eq. 4).
 
     The last query of sequence s sits at position context_lens[s] - 1. Prefill chunks, decodes
@@ -72,34 +85,25 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
 
     Shapes: q (T, H, D); k_cache, v_cache (N, B, K, D), any strides; block_tables (S, M);
         context_lens (S,), this step's tokens included; query_start (S+1,) -> (T, H, D).
-        max_query_len is the kernel's launch hint; the reference does not need it.
+        max_query_len is a launch hint that only the kernel needs; runs are query_runs() of the
+        three maps, if the caller has them already.
     Cost: copies the K and V that are read, never the rest of the cache.
     """
     block_size, num_kv_heads, head_dim = k_cache.shape[1:]
     out = torch.empty_like(q) if out is None else out
-    for (num_queries, _), run in _query_runs(context_lens, query_start).items():
-        seqs, first_row, context = torch.tensor(run, device=q.device).T
-        key_position = torch.arange(int(context.max()), device=q.device)            # (C,)
-        # Past a sequence's end its last token is read again and masked: a slot never written
-        # may hold NaN, and 0 * NaN is NaN. The table's padding is not followed either.
-        readable = torch.minimum(key_position, context[:, None] - 1)                # (S, C)
-        block_ids = block_tables[seqs].long().gather(1, readable // block_size)
-        slots = block_ids * block_size + readable % block_size
+    if runs is None:
+        runs = query_runs(block_tables, context_lens, query_start, block_size)
+    for rows, slots, mask in runs:
         k, v = (cache.reshape(-1, num_kv_heads * head_dim)      # a view, in new_kv_cache's layout
                 .index_select(0, slots.flatten()).view(*slots.shape, num_kv_heads, head_dim)
-                .transpose(1, 2) for cache in (k_cache, v_cache))                   # (S,K,C,D)
-
-        query = torch.arange(num_queries, device=q.device)
-        rows = first_row[:, None] + query                                           # (S, Q)
-        query_position = (context[:, None] - num_queries + query)[:, :, None]       # (S, Q, 1)
-        causal = key_position <= query_position                                     # (S, Q, C)
-        # The H / K query heads that share a KV head become rows of one matrix, so its K and V
-        # are read once for all of them and never repeated in memory.
-        packed = q[rows].unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)
-        # packed is (S, K, G, Q, D), G = H / K
+                .transpose(1, 2) for cache in (k_cache, v_cache))                   # (S, K, C, D)
+        # The G = H / K query heads that share a KV head become rows of one matrix, so its K and
+        # V are read once for all of them and never repeated in memory.
+        packed = q[rows].unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)    # (S,K,G,Q,D)
         group = packed.shape[2]
-        mask = causal[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]     # (S,1,GQ,C)
+        if mask is not None:
+            mask = mask[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]   # (S,1,GQ,C)
         y = F.scaled_dot_product_attention(packed.flatten(2, 3), k, v, mask, scale=scale)
-        y = y.unflatten(2, (group, num_queries)).permute(0, 3, 1, 2, 4)             # (S,Q,K,G,D)
-        out[rows] = y.reshape(len(run), num_queries, -1, head_dim)
+        y = y.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4)                      # (S,Q,K,G,D)
+        out[rows] = y.flatten(2, 3)
     return out

@@ -770,30 +770,31 @@ class Scheduler:
 
     def schedule(self):
         """-> [(sequence, number of its tokens to compute), ...], with blocks for them allocated."""
-        scheduled, budget = [], self.max_num_batched_tokens
-        for group in list(self.running):           # a preempted group is no longer RUNNING
-            for seq in group.seqs:
-                num_new = min(seq.num_tokens - seq.num_kv, budget)
-                while group.status is Status.RUNNING and not self.pool.can_append(seq, num_new):
-                    self._preempt(self.running.pop())      # the latest arrival, perhaps `group`
-                if group.status is Status.RUNNING:
-                    self.pool.append(seq, num_new)
-                    scheduled.append((seq, num_new))
-                    budget -= num_new
-        while self.waiting and budget and len(self.running) < self.max_num_seqs:
-            seq = self.waiting[0].seqs[0]
-            # The whole text must fit, though only a chunk of it may be computed now: a prompt
-            # half done that waits for blocks would hold the blocks that others wait for.
-            if not self.pool.can_append(seq, seq.num_tokens, self.watermark if self.running else 0):
-                break                              # first come, first served: no one jumps ahead
-            group = self.waiting.popleft()
-            group.status = Status.RUNNING
-            self.running.append(group)
-            num_new = min(seq.num_tokens, budget)
-            self.pool.append(seq, num_new)
-            scheduled.append((seq, num_new))
-            budget -= num_new
+        scheduled, budget, i = [], self.max_num_batched_tokens, 0
+        while budget and (i < len(self.running) or self._admit()):
+            group = self.running[i]
+            seq = group.seqs[0]
+            num_new = min(seq.num_tokens - seq.num_kv, budget)
+            while group.status is Status.RUNNING and not self.pool.can_append(seq, num_new):
+                self._preempt(self.running.pop())  # the latest arrival, which may be `group`
+            if group.status is Status.RUNNING:
+                self.pool.append(seq, num_new)
+                scheduled.append((seq, num_new))
+                budget, i = budget - num_new, i + 1
         return scheduled
+
+    def _admit(self):
+        """Let the group that waits longest run, if there is room; nobody jumps the queue."""
+        if not self.waiting or len(self.running) == self.max_num_seqs:
+            return False
+        # All its tokens must fit, even if only a chunk is computed now: a prompt half done that
+        # waits for blocks would hold those that others wait for.
+        seq, reserve = self.waiting[0].seqs[0], self.watermark if self.running else 0
+        if not self.pool.can_append(seq, seq.num_tokens, reserve):
+            return False
+        self.running.append(self.waiting.popleft())
+        self.running[-1].status = Status.RUNNING
+        return True
 
     def _preempt(self, group):
         """By recompute: the blocks go, the tokens stay, and one prefill brings K and V back."""
@@ -837,6 +838,7 @@ class Batch:
     context_lens: torch.Tensor      # (S,) int32, this step's tokens included
     query_start: torch.Tensor       # (S+1,) int32: row of each sequence's first token, and T
     max_query_len: int
+    runs: list                      # kernels.query_runs: what attention does alike in all layers
     last_rows: torch.Tensor         # rows whose logits are wanted
 
 
@@ -854,12 +856,13 @@ def make_batch(scheduled, block_size, device):
     slots = tables[seq_of, positions // block_size].long() * block_size + positions % block_size
     ids = itertools.chain.from_iterable(
         seq.token_ids[seq.num_kv:seq.num_kv + num_new] for seq, num_new in scheduled)
+    maps = tables.to(device), (first + query_lens).int().to(device), query_start.int().to(device)
     is_last = torch.tensor([seq.num_kv + num_new == seq.num_tokens for seq, num_new in scheduled])
     return Batch(
         input_ids=torch.tensor(list(ids)).to(device), positions=positions.to(device),
-        slot_mapping=slots.to(device), block_tables=tables.to(device),
-        context_lens=(first + query_lens).int().to(device),
-        query_start=query_start.int().to(device), max_query_len=int(query_lens.max()),
+        slot_mapping=slots.to(device), block_tables=maps[0], context_lens=maps[1],
+        query_start=maps[2], max_query_len=int(query_lens.max()),
+        runs=kernels.query_runs(*maps, block_size),
         last_rows=(query_start[1:] - 1)[is_last].to(device))
 
 
@@ -876,7 +879,7 @@ def make_batch(scheduled, block_size, device):
 # Our modules; GPT-2's name of each; LLaMA's, several where we stack their rows in one matrix.
 NAMES = {
     "embed_tokens": ("wte", "model.embed_tokens"), "embed_positions": ("wpe",),
-    "norm": ("ln_f", "model.norm"), "lm_head": ("", "lm_head"),
+    "norm": ("ln_f", "model.norm"), "lm_head": ("lm_head", "lm_head"),
     "layers.{}.attn_norm": ("h.{}.ln_1", "model.layers.{}.input_layernorm"),
     "layers.{}.qkv": ("h.{}.attn.c_attn", "model.layers.{}.self_attn.q_proj",
                       "model.layers.{}.self_attn.k_proj", "model.layers.{}.self_attn.v_proj"),
@@ -922,6 +925,10 @@ class Linear(nn.Linear):
         pass
 
 
+def make_embedding(num_rows, c):
+    return nn.Embedding.from_pretrained(torch.empty(num_rows, c.hidden_size, **c.factory))
+
+
 def make_norm(c):
     norm = nn.LayerNorm if c.family == "gpt2" else nn.RMSNorm
     return norm(c.hidden_size, c.rms_norm_eps, **c.factory)
@@ -946,13 +953,13 @@ class Layer(nn.Module):
     def forward(self, x, k_cache, v_cache, batch, rope):
         """x (T, E) -> (T, E); writes the K and V of the T tokens into their slots."""
         qkv = self.qkv(self.attn_norm(x)).unflatten(1, (-1, self.config.head_dim))
-        q, k, v = qkv.split(self.heads, dim=1)                             # (T, H or K, D)
-        if rope:
-            q, k = rotate(q, *rope), rotate(k, *rope)
+        qk, v = qkv.split((sum(self.heads[:2]), self.heads[2]), dim=1)     # (T, H+K, D), (T, K, D)
+        q, k = (rotate(qk, *rope) if rope else qk).split(self.heads[:2], dim=1)
         kernels.write_kv_reference(k, v, k_cache, v_cache, batch.slot_mapping)
         y = kernels.paged_attention_reference(                             # (T, H, D)
             q, k_cache, v_cache, batch.block_tables, batch.context_lens, batch.query_start,
-            max_query_len=batch.max_query_len, scale=self.config.head_dim ** -0.5)
+            max_query_len=batch.max_query_len, scale=self.config.head_dim ** -0.5,
+            runs=batch.runs)
         x = x + self.o(y.flatten(1))
         h = self.up(self.mlp_norm(x))
         if self.config.family == "gpt2":
@@ -967,12 +974,9 @@ class Decoder(nn.Module):
     def __init__(self, c):
         super().__init__()
         self.config = c
-        def table(size):
-            return nn.Embedding.from_pretrained(torch.empty(size, c.hidden_size, **c.factory))
-
-        self.embed_tokens = table(c.vocab_size)
+        self.embed_tokens = make_embedding(c.vocab_size, c)
         if c.family == "gpt2":
-            self.embed_positions = table(c.max_position_embeddings)
+            self.embed_positions = make_embedding(c.max_position_embeddings, c)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
         self.norm = make_norm(c)
         if not c.tie_word_embeddings:
@@ -1014,7 +1018,8 @@ class Decoder(nn.Module):
 def load_model(config, folder, device, dtype, load_format="auto"):
     """A Decoder on `device`, filled from the folder or, as "dummy", with random weights."""
     config.factory = {"device": device, "dtype": dtype}
-    model = Decoder(config).requires_grad_(False)
+    with reading(folder / "config.json"):          # such as a rope setting that is not there
+        model = Decoder(config).requires_grad_(False)
     if load_format == "dummy":
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)
@@ -1165,14 +1170,13 @@ class Engine:
         logits = self.model(batch, self.kv_cache)
         for seq, num_new in scheduled:
             seq.num_kv += num_new                  # not before: now their K and V are written
-        self._count_slots(scheduled)
         seqs = [seq for seq, _ in scheduled if seq.num_kv == seq.num_tokens]
         for seq, sampled in zip(seqs, sample(logits, seqs), strict=True):
             self._append_token(seq, *sampled)
+        self._count_slots(scheduled)
         moved = [group for group in self.scheduler.running if group.seqs[0] in seqs]
         for group in moved:
             if all(seq.finish_reason for seq in group.seqs):
-                self._count_never_used(group)
                 self.scheduler.finish(self.groups.pop(group.request_id))
         return [group.output() for group in moved]
 
@@ -1195,7 +1199,10 @@ class Engine:
                 seq.text, seq.finish_reason = seq.text[:min(ends)], "stop"
 
     def _count_slots(self, scheduled):
-        """What the KV memory of this step holds: tokens, or slots not (yet) used (paper, Fig 2)."""
+        """What the KV memory of this step holds: tokens, or slots not (yet) used (paper, Fig 2).
+
+        Only at its end a sequence shows which slots of its last block were for nothing.
+        """
         counts, block_size = self.counts, self.pool.block_size
         num_held = self.pool.num_blocks - self.pool.num_free
         counts["blocks_peak"] = max(counts["blocks_peak"], num_held)
@@ -1208,12 +1215,8 @@ class Engine:
             counts["unused"] += unused
             began_block = num_new + unused >= block_size
             seq.steps_in_last_block = 1 if began_block else seq.steps_in_last_block + 1
-
-    def _count_never_used(self, group):
-        """Only at its end a sequence shows which slots of its last block were for nothing."""
-        for seq in group.seqs:
-            unused = len(seq.block_table) * self.pool.block_size - seq.num_kv
-            self.counts["never_used"] += unused * seq.steps_in_last_block
+            if seq.finish_reason:
+                counts["never_used"] += unused * seq.steps_in_last_block
 
     def stats(self):
         """Counters since the start. The kv_ shares are of all slots in held blocks, over all steps:

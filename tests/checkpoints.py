@@ -1,4 +1,4 @@
-"""Model folders made from nothing, for the tests that need one with a certain text, fault or size."""
+"""Model folders for the tests that need one with a certain text, fault or size."""
 
 import ctypes
 import json
@@ -30,9 +30,9 @@ def write_safetensors(path, tensors):
 
 
 def read_safetensors(path):
-    """-> {name: tensor}"""
+    """-> {name: tensor}, copied: the file may be overwritten."""
     with safe_open(path, "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        return {name: file.get_tensor(name).clone() for name in file.keys()}
 
 
 def copy_model(name, folder, tokenizer=None):
@@ -49,12 +49,12 @@ def edit_json(path, drop=(), **changes):
     path.write_text(json.dumps({k: v for k, v in value.items() if k not in drop}))
 
 
-def edit_tensors(folder, drop=(), file="model.safetensors", **changes):
-    """Set tensors of a checkpoint's file, and take those of `drop` out. Dots in names are __."""
+def edit_tensors(folder, changes, file="model.safetensors"):
+    """Apply {name: tensor, or None to take it out} to a checkpoint's file."""
     tensors = read_safetensors(folder / file)
-    tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
-    assert tensors.keys() >= set(drop), "the test drops a tensor that is not there"
-    write_safetensors(folder / file, {k: v for k, v in tensors.items() if k not in drop})
+    assert all(name in tensors for name, t in changes.items() if t is None), "nothing to take out"
+    tensors |= changes
+    write_safetensors(folder / file, {name: t for name, t in tensors.items() if t is not None})
 
 
 def write_model(folder, config, tensors, tokenizer=None):

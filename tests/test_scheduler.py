@@ -16,6 +16,7 @@ class Play:
         self.scheduler = Scheduler(self.pool, max_num_seqs, budget)
         self.groups = {}                               # request_id -> unfinished group
         self.ends = {}                                 # request_id -> num_tokens at which it ends
+        self.num_steps = 0
 
     def add(self, num_tokens, max_tokens=1000):
         """Queue a prompt -> its only sequence."""
@@ -32,6 +33,8 @@ class Play:
 
     def step(self):
         """Schedule and play the model -> {request_id: number of tokens computed}."""
+        self.num_steps += 1
+        assert self.num_steps < 2000, "a deadlock or a livelock"
         scheduled = self.scheduler.schedule()
         self._check_plan(scheduled)
         owner = {id(seq): i for i, group in self.groups.items() for seq in group.seqs}
@@ -293,7 +296,7 @@ def random_play(rng):
     play = Play(-(-slots // block_size), block_size, rng.choice([1, 2, 5, 256]),
                 rng.choice([1, 2, 3, 7, 64]))
     prompts = [rng.randint(1, rng.choice([3, slots])) for _ in range(12)]
-    return play, [(n, rng.randint(1, slots - n + 1)) for n in prompts]   # the last token has no slot
+    return play, [(n, rng.randint(1, slots - n + 1)) for n in prompts]   # the last needs no slot
 
 
 @pytest.mark.parametrize("seed", range(60))

@@ -1,0 +1,346 @@
+"""Section 9, the sampler, against probabilities computed by hand in float64."""
+
+import math
+
+import pytest
+import torch
+from helpers import make_seq
+
+import nanopaged
+from nanopaged import SamplingParams, filtered_probs, sample, uniform
+
+MASK = 2**64 - 1
+GOLDEN = 0x9E3779B97F4A7C15
+INF = math.inf
+
+
+def row(*values):
+    """One row of logits -> (1, V) float32."""
+    return torch.tensor([values], dtype=torch.float32)
+
+
+def log_probs(*probs):
+    """Logits that stand for these probabilities at temperature 1 -> (1, V)."""
+    return row(*(math.log(p) if p else -INF for p in probs))
+
+
+def sample_row(logits, seed=0, seen=(0,), **settings):
+    """Sample one row -> (token_id, logprob, {token_id: logprob} or None)."""
+    seq = make_seq(0, SamplingParams(**settings), seed)
+    seq.token_ids += seen
+    return sample(logits.clone(), [seq])[0]
+
+
+def expected_probs(logits, temperature=1.0, min_p=0.0, top_k=0, top_p=1.0):
+    """The documented order, in plain Python: temperature, min-p, top-k, top-p; sums to 1."""
+    top = max(logits)
+    probs = [math.exp((x - top) / temperature) for x in logits]
+    kept = [i for i, p in enumerate(probs) if p >= min_p * max(probs)]
+    kept.sort(key=lambda i: -probs[i])
+    kept = kept[:top_k] if top_k > 0 else kept
+    total, mass, nucleus = sum(probs[i] for i in kept), 0.0, []
+    for i in kept:
+        if mass >= top_p * total:
+            break
+        nucleus.append(i)                             # the one that passes top_p is kept
+        mass += probs[i]
+    return [probs[i] / mass if i in nucleus else 0.0 for i in range(len(probs))]
+
+
+def chi_squared_limit(degrees):
+    """The value that a chi-squared variable passes with probability 1e-4 (Wilson-Hilferty)."""
+    spread = 2 / (9 * degrees)
+    return degrees * (1 - spread + 3.719 * math.sqrt(spread)) ** 3
+
+
+def assert_drawn_from(tokens, probs):
+    """Pearson's test of draws against probabilities; what has none must never be drawn."""
+    counts = torch.bincount(torch.tensor(tokens), minlength=len(probs)).tolist()
+    impossible = [i for i, p in enumerate(probs) if p == 0 and counts[i]]
+    assert not impossible, f"tokens of probability zero were drawn: {impossible}"
+    wanted = [(n, p * len(tokens)) for n, p in zip(counts, probs, strict=True) if p]
+    if len(wanted) > 1:
+        assert min(e for _, e in wanted) > 3, "too few draws for a chi-squared test"
+        statistic = sum((n - e) ** 2 / e for n, e in wanted)
+        assert statistic < chi_squared_limit(len(wanted) - 1), (statistic, counts)
+
+
+# Each option alone, then together; LOGITS has ties in neither value nor filter boundary.
+LOGITS = [0.3, 2.1, -1.0, 1.2, 0.9, -0.2, 1.6, -2.0]
+OPTIONS = [
+    {}, {"temperature": 0.5}, {"temperature": 3.0}, {"top_k": 1}, {"top_k": 3}, {"top_k": -1},
+    {"top_p": 0.3}, {"top_p": 0.6}, {"top_p": 0.95}, {"min_p": 0.1}, {"min_p": 0.5}, {"min_p": 1.0},
+    {"temperature": 2.0, "min_p": 0.5},               # min-p is measured after temperature
+    {"top_k": 4, "top_p": 0.8},                       # top-p is a share of what top-k left
+    {"temperature": 1.7, "min_p": 0.25, "top_k": 5, "top_p": 0.8},
+    {"temperature": 0.6, "min_p": 0.05, "top_k": 3, "top_p": 0.9},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_filtered_probs(options):
+    """A filter in the wrong order, off by one, or against the wrong total."""
+    probs = filtered_probs(row(*LOGITS), [SamplingParams(**options)])[0].double()
+    want = expected_probs(LOGITS, **options)
+    assert [p > 0 for p in want] == probs.gt(0).tolist()
+    assert (probs / probs.sum()).tolist() == pytest.approx(want, rel=1e-5)
+
+
+def test_the_options_do_tell_orders_apart():
+    """OPTIONS in which the order of the filters makes no difference would show nothing."""
+    def kept(**options):
+        return sum(p > 0 for p in expected_probs(LOGITS, **options))
+
+    assert kept(top_k=4, top_p=0.8) == 3 and kept(top_p=0.8) == 4
+    assert kept(temperature=2.0, min_p=0.5) == 4 and kept(min_p=0.5) == 2
+
+
+@pytest.mark.parametrize("top_p, kept", [(0.2, [0]), (0.49, [0]), (0.51, [0, 1]), (0.79, [0, 1]),
+                                         (0.81, [0, 1, 2]), (0.94, [0, 1, 2]), (0.96, [0, 1, 2, 3]),
+                                         (1.0, [0, 1, 2, 3]), (1e-6, [0])])
+def test_top_p_keeps_the_boundary_token(top_p, kept):
+    """PEERS bug 13: the token that passes top_p is dropped, and with a small top_p all are."""
+    logits = log_probs(0.5, 0.3, 0.15, 0.05)
+    probs = filtered_probs(logits, [SamplingParams(top_p=top_p)])[0]
+    assert probs.nonzero().flatten().tolist() == kept
+    backwards = filtered_probs(logits.flip(1), [SamplingParams(top_p=top_p)])[0]
+    assert backwards.nonzero().flatten().tolist() == [3 - i for i in reversed(kept)]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_draws_follow_the_probabilities(options):
+    """A biased draw: 20,000 seeds at one position, against the exact probabilities."""
+    params = SamplingParams(**options)
+    seqs = [make_seq(5, params, seed) for seed in range(20_000)]
+    tokens = [token for token, _, _ in sample(row(*LOGITS).repeat(20_000, 1), seqs)]
+    assert_drawn_from(tokens, expected_probs(LOGITS, **options))
+
+
+def test_penalty_comes_before_temperature():
+    """A penalty on probabilities, or after temperature, is another distribution."""
+    params = SamplingParams(temperature=0.7, repetition_penalty=1.5)
+    seqs = [make_seq(0, params, seed) for seed in range(20_000)]
+    for seq in seqs:
+        seq.token_ids += [1, 5, 1]
+    penalised = [*LOGITS]
+    penalised[1], penalised[5] = 2.1 / 1.5, -0.2 * 1.5
+    tokens = [token for token, _, _ in sample(row(*LOGITS).repeat(20_000, 1), seqs)]
+    assert_drawn_from(tokens, expected_probs(penalised, temperature=0.7))
+
+
+def test_rows_with_different_options_in_one_batch():
+    """One row's option used for another, or for all."""
+    options = [{"temperature": 0}, {"top_k": 2}, {"top_p": 0.5, "temperature": 2.0}, {},
+               {"min_p": 0.3}]
+    params = [SamplingParams(**option) for option in options]
+    seqs = [make_seq(3, params[i % 5], i) for i in range(20_000)]
+    drawn = [token for token, _, _ in sample(row(*LOGITS).repeat(20_000, 1), seqs)]
+    assert set(drawn[::5]) == {1}, "greedy rows take the likeliest token"
+    for i, option in enumerate(options[1:], 1):
+        assert_drawn_from(drawn[i::5], expected_probs(LOGITS, **option))
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    """Same seed, same tokens beside whatever else: another path for mixed batches rounds otherwise.
+
+    Checked bit by bit over a vocabulary whose unlikely tail is what rounding would cut off.
+    """
+    gen = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        logits = 4 * torch.randn(2, 5000, generator=gen)
+        plain, filtered = SamplingParams(), SamplingParams(top_k=40, top_p=0.9)
+        alone = filtered_probs(logits[:1].clone(), [plain])
+        beside = filtered_probs(logits.clone(), [plain, filtered])
+        assert torch.equal(alone[0], beside[0])
+        beside = filtered_probs(logits.flip(0), [filtered, plain])
+        assert torch.equal(alone[0], beside[1])
+
+
+# --- uniform ------------------------------------------------------------------------------------
+
+
+def splitmix64(state):
+    """Steele, Lea and Flood 2014: the output for a state, in arbitrary-precision integers."""
+    z = state & MASK
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EB & MASK
+    return z ^ (z >> 31)
+
+
+def test_the_oracle_is_splitmix64():
+    """An oracle with a typing error of its own: the five values that Rosetta Code publishes."""
+    outputs = [splitmix64(1234567 + i * GOLDEN) for i in range(1, 6)]
+    assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423,
+                       4593380528125082431, 16408922859458223821]
+
+
+def test_uniform_is_splitmix64():
+    """A shift that drags the sign along, or a product cut at 63 bits; and a seed's tokens that
+    change from one version to the next."""
+    seeds = [0, 1, 2, 42, 2**31, 2**32 - 1, 2**62 - 1, 2**63 - 1, 0x9E3779B97F4A7C15 >> 1]
+    positions = [0, 1, 2, 3, 17, 1000, 2**20, 2**31 - 1]
+    pairs = [(seed, position) for seed in seeds for position in positions]
+    want = [(splitmix64(splitmix64(seed + GOLDEN) + position * GOLDEN) >> 11) / 2**53
+            for seed, position in pairs]
+    got = uniform(*torch.tensor(pairs).T)
+    assert got.dtype == torch.float64 and got.tolist() == want
+
+
+def test_uniform_of_a_batch_is_uniform_of_each():
+    """A generator that is shared by the rows of a batch, or carried from step to step."""
+    seeds, positions = torch.arange(50) * 7919, torch.arange(50) % 13
+    alone = [uniform(seeds[i:i + 1], positions[i:i + 1]).item() for i in range(50)]
+    assert uniform(seeds, positions).tolist() == alone
+    order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
+    assert uniform(seeds[order], positions[order]).tolist() == [alone[i] for i in order]
+
+
+@pytest.mark.parametrize("along", ["seeds", "positions", "both"])
+def test_uniform_is_uniform(along):
+    """Near seeds, or the positions of one text, that draw near numbers."""
+    counter = torch.arange(40_000)
+    u = uniform(counter * (along != "positions"), counter * (along != "seeds"))
+    assert 0 <= u.min() and u.max() < 1
+    assert_drawn_from((u * 100).long().tolist(), [0.01] * 100)
+    pairs = (u[:-1] * 10).long() * 10 + (u[1:] * 10).long()          # one after the other
+    assert_drawn_from(pairs[::2].tolist(), [0.01] * 100)
+    assert len(set(u.tolist())) == 40_000
+
+
+def test_the_draw_depends_on_seed_and_position():
+    """Different seeds that say the same, or a text that draws one number again and again."""
+    flat = torch.zeros(1, 1000)
+    by_seed = {sample_row(flat, seed=seed)[0] for seed in range(50)}
+    by_position = {sample_row(flat, seen=[0] * n)[0] for n in range(1, 51)}
+    assert len(by_seed) > 40 and len(by_position) > 40
+    again = {sample_row(flat, seed=seed)[0] for seed in range(50)}
+    assert by_seed == again
+
+
+# --- the edges ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("u, token", [(0.0, 2), (0.4999, 2), (0.5001, 4), (1 - 2**-53, 4)])
+def test_a_token_of_probability_zero_is_never_drawn(u, token, monkeypatch):
+    """u = 0 takes token 0 whatever its probability, or the largest u falls off the end."""
+    monkeypatch.setattr(nanopaged, "uniform",
+                        lambda seeds, positions: torch.full(seeds.shape, u, dtype=torch.float64))
+    logits = log_probs(0, 0, 0.5, 0, 0.5, 0, 0)
+    for options in ({}, {"top_k": 5}, {"top_p": 0.9999}, {"min_p": 0.1}, {"temperature": 0.01}):
+        assert sample_row(logits, **options)[0] == token
+
+
+def test_a_large_vocabulary(monkeypatch):
+    """Sums in float32: the last tokens of 128,000 are then never, or far too often, drawn."""
+    size = 128_000
+    for u in (0.0, 1e-5, 0.3, 0.7, 0.99999, 1 - 2**-53):
+        monkeypatch.setattr(nanopaged, "uniform",
+                            lambda s, p, u=u: torch.full(s.shape, u, dtype=torch.float64))
+        assert abs(sample_row(torch.zeros(1, size))[0] - math.floor(u * size)) <= 1
+
+
+def test_greedy_rows_beside_random_rows():
+    """Greedy that turns random in company, or random rows that a greedy one makes greedy."""
+    logits = torch.randn(40, 50, generator=torch.Generator().manual_seed(3))
+    greedy, random = SamplingParams(temperature=0), SamplingParams(temperature=1.5)
+    seqs = [make_seq(4, random if i % 2 else greedy, i) for i in range(40)]
+    tokens = [token for token, _, _ in sample(logits.clone(), seqs)]
+    assert tokens[::2] == logits.argmax(-1)[::2].tolist()
+    assert tokens[1::2] != logits.argmax(-1)[1::2].tolist()
+    for i, token in enumerate(tokens):
+        assert sample(logits[i:i + 1].clone(), [seqs[i]])[0][0] == token, f"row {i} alone"
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.5},
+                                     {"min_p": 0.01}, {"temperature": 1e-6}], ids=str)
+def test_extreme_logits(options):
+    """exp() overflows, or infinity minus infinity: NaN, and then any token."""
+    for logits, token in ((row(-1e4, 1e4, 0, 9e3), 1), (row(-INF, -INF, -50, -INF), 2),
+                          (row(1e4, -INF, 9.9e3, -INF), 0), (row(-1e4, -1.2e4, -INF, -1.1e4), 0)):
+        for seed in range(20):
+            got, logprob, _ = sample_row(logits, seed=seed, **options)
+            assert (got, logprob) == (token, pytest.approx(0))
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-6, 1e-4])
+def test_a_very_small_temperature_is_greedy(temperature):
+    """A division by nearly zero: infinities, and NaN of them."""
+    logits = row(3.0, 3.1, -20.0, 2.9, 0.0)
+    assert {sample_row(logits, seed=i, temperature=temperature)[0] for i in range(50)} == {1}
+
+
+def test_a_very_high_temperature_is_flat():
+    """Temperature that multiplies instead of divides."""
+    seqs = [make_seq(1, SamplingParams(temperature=1e6), i) for i in range(20_000)]
+    tokens = [token for token, _, _ in sample(row(9, 0, -9, 3).repeat(20_000, 1), seqs)]
+    assert_drawn_from(tokens, [0.25] * 4)
+
+
+@pytest.mark.parametrize("options", OPTIONS + [{"temperature": 0}, {"top_k": 1 << 31}], ids=str)
+def test_a_vocabulary_of_one_token(options):
+    """An index behind the end."""
+    assert sample_row(row(-3.0), logprobs=5, **options) == (0, 0.0, {0: 0.0})
+
+
+def test_top_k_above_the_vocabulary_keeps_all():
+    """An index behind the end, or a top_k that wraps round."""
+    plain = filtered_probs(row(*LOGITS), [SamplingParams()])
+    for top_k in (0, -1, 8, 9, 1000, 1 << 31):
+        assert torch.equal(filtered_probs(row(*LOGITS), [SamplingParams(top_k=top_k)]), plain)
+
+
+def test_equal_logits():
+    """top_k = 1 that keeps all of the likeliest, or greedy that draws among them."""
+    logits = row(1, 2, 2, 2, 0)
+    assert sample_row(logits, temperature=0)[0] == 1
+    assert filtered_probs(logits, [SamplingParams(top_k=1)]).gt(0).sum() == 1
+    assert filtered_probs(logits, [SamplingParams(min_p=1.0)])[0].gt(0).tolist() == [
+        False, True, True, True, False]
+
+
+# --- penalty and log-probabilities --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("penalty, logits, seen, token", [
+    (1.0, (2.0, 1.5, -1.0), [0], 0), (1.3, (2.0, 1.5, -1.0), [0], 0),     # 1.54
+    (1.4, (2.0, 1.5, -1.0), [0], 1),                                       # 1.43
+    (1.4, (2.0, 1.5, -1.0), [0, 1], 0), (3.0, (2.0, 0.6, 0.5), [0, 1, 1], 0),
+    (2.0, (-1.0, -1.9, -3.0), [0], 1),                                     # -2.0: lower, not higher
+    (2.0, (-1.0, -1.9, -3.0), [0, 1], 0),
+    (0.5, (2.0, 1.5, -1.0), [1], 1), (0.5, (-2.0, -1.5, -3.0), [2], 1),    # below 1: repeat more
+    (1000.0, (9.0, 8.0, 0.1), [0, 1, 0], 2)])
+def test_repetition_penalty(penalty, logits, seen, token):
+    """Dividing negative scores too raises them; a token seen twice is penalised once."""
+    got, logprob, _ = sample_row(row(*logits), seen=seen, temperature=0, repetition_penalty=penalty)
+    assert got == token
+    assert logprob == pytest.approx(row(*logits).double().log_softmax(-1)[0, got].item(), abs=1e-5)
+
+
+def test_the_penalty_is_each_rows_own():
+    """Tokens that a neighbour has seen."""
+    logits = row(2.0, 1.9, 0.0).repeat(3, 1)
+    seqs = [make_seq(0, SamplingParams(temperature=0, repetition_penalty=penalty), 0)
+            for penalty in (2.0, 2.0, 1.0)]
+    for seq, seen in zip(seqs, ([0], [1], [0]), strict=True):
+        seq.token_ids += seen
+    assert [token for token, _, _ in sample(logits, seqs)] == [1, 0, 0]
+
+
+@pytest.mark.parametrize("options", [{"temperature": 0}, {"temperature": 0.3, "top_k": 2},
+                                     {"temperature": 5.0}, {"repetition_penalty": 4.0}], ids=str)
+@pytest.mark.parametrize("num", [0, 1, 3, 8, 100])
+def test_logprobs(num, options):
+    """Log-probabilities after the filters, without the chosen token, or of too many."""
+    want = row(*LOGITS).double().log_softmax(-1)[0].tolist()
+    ranked = sorted(range(8), key=lambda i: -want[i])
+    for seed in range(10):
+        token, logprob, top = sample_row(row(*LOGITS), seed, [1], logprobs=num, **options)
+        assert top == {i: pytest.approx(want[i], abs=1e-5) for i in {token, *ranked[:num]}}
+        assert top[token] == logprob
+
+
+def test_logprobs_only_where_asked():
+    """One request's option answered to all."""
+    seqs = [make_seq(1, SamplingParams(logprobs=num), 0) for num in (None, 2, None, 0)]
+    tops = [top for _, _, top in sample(row(*LOGITS).repeat(4, 1), seqs)]
+    assert tops[0] is None and tops[2] is None and len(tops[3]) == 1 and 2 <= len(tops[1]) <= 3
