@@ -96,7 +96,7 @@ with warnings.catch_warnings():    # torch mentions that numpy, which nothing he
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 FAMILIES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama"}
 
-# GPT-2's names in config.json for what LLaMA's, and all later ones, call so.
+# GPT-2's names in config.json, and LLaMA's for the same.
 GPT2_KEYS = {"n_embd": "hidden_size", "n_head": "num_attention_heads",
              "n_layer": "num_hidden_layers", "n_inner": "intermediate_size",
              "n_positions": "max_position_embeddings", "layer_norm_epsilon": "rms_norm_eps"}
@@ -181,7 +181,8 @@ def checkpoint_files(folder):
     """The safetensors files of a folder: the shards that the index names, or the single file."""
     index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
     if index.is_file():
-        names = {str(name) for name in read_json(index).get("weight_map", {}).values()}
+        with reading(index):
+            names = {str(name) for name in read_json(index)["weight_map"].values()}
     for name in sorted(names):
         require(Path(name).name == name, f"{index}: file", name, "a plain name in the same folder")
         if not (folder / name).is_file():
@@ -278,6 +279,8 @@ def _get(url, **headers):
 def _fetch(url, path, size, checksum, tries=5):
     """One file: resumed after a cut, renamed into place only when size and checksum are right."""
     part = path.with_name(f"{path.name}.{checksum[:12]}.part")   # never resumed as another version
+    if path.is_file() and path.stat().st_size == size:           # of a download that did not finish
+        path.rename(part)
     part.touch()
     while (have := part.stat().st_size) < size and tries:
         tries -= 1
