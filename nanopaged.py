@@ -1364,7 +1364,7 @@ class CommandLine(argparse.ArgumentParser):
     --prompts-file FILE   one prompt a line (- is stdin)
     --model NAME          tiny (shipped, the default), a folder, or a Hugging Face repo id
     --chat                prompts are a user's messages, put into the model's chat template
-    --max-tokens N        tokens to generate at most (128)
+    --max-tokens N        tokens to generate at most (64)
     --temperature X       0 is greedy: always the likeliest token (0.8)
     --top-p X             draw from the likeliest tokens that sum to this (1)
     --top-k N             draw from the N likeliest tokens (all)
@@ -1407,7 +1407,7 @@ class CommandLine(argparse.ArgumentParser):
                 self.add_argument(option, type=kind if isinstance(kind, type) else type(kind))
             elif option != "--help":
                 self.add_argument(option, action="store_true", default=False)
-        self.set_defaults(max_tokens=128, temperature=0.8, prompts_file=None)
+        self.set_defaults(max_tokens=64, temperature=0.8, prompts_file=None)
 
     def format_help(self):
         return inspect.cleandoc(self.__doc__) + "\n"

@@ -93,7 +93,7 @@ def write_reciter(folder, token_ids, tokenizer, eos_token_id):
     A prompt of n tokens is answered with token_ids[n:], whatever the prompt says. All its weights
     are 0 but a one-hot vector for each position, and a head that gives each its next token.
     """
-    width = len(token_ids) + len(token_ids) % 2
+    width = len(token_ids) + 2 + len(token_ids) % 2             # room for the end, and even
     vocab_size = 1 + max(*token_ids, eos_token_id)
     shapes = gpt2_shapes(vocab_size, width, 1, width, inner=2, tied=False)
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}

@@ -79,7 +79,7 @@ def all_logits(llm, prompts):
         engine.pool.append(seq, seq.num_tokens)
     batch = make_batch([(seq, seq.num_tokens) for seq in seqs], engine.pool.block_size,
                        engine.kv_cache.device)
-    batch.last_rows = torch.arange(len(batch.input_ids))
+    batch.last_rows = torch.arange(len(batch.input_ids), device=engine.kv_cache.device)
     with torch.inference_mode():
         logits = engine.model(batch, engine.kv_cache)
     for seq in seqs:

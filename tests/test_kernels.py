@@ -141,6 +141,13 @@ def test_random_mixes(seed):
     assert_attends(Paged(lens, block_size=rng.choice([1, 2, 8, 16]), seed=seed))
 
 
+@pytest.mark.parametrize("lens", [[(7, 1)] * 3, [(7, 1), (6, 1), (7, 1)], [(0, 1)] * 2, [(4, 3)] * 3],
+                         ids=str)
+def test_equal_contexts(lens):
+    """A mask left out where every query sees every key, and also where only most do."""
+    assert_attends(Paged(lens))
+
+
 @pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 2), (6, 2), (8, 2), (5, 1), (8, 1), (14, 2)])
 def test_query_heads_that_share_a_kv_head(heads):
     """GQA: query head h reads KV head h // (H / K), not h % K and not only the first."""

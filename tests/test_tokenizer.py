@@ -240,7 +240,6 @@ UNREADABLE = [
     ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [
         DIGITS | {"individual_digits": False}, BYTE_LEVEL]}}, "individual_digits"),
     ({"pre_tokenizer": None}, "pre_tokenizer"), ({"post_processor": EOS_LAST}, "template"),
-    ({"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}}, ""),
     ({"model": {}}, ""), ({"model": {"type": "BPE"}}, ""), ({"model": None}, ""),
     ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a"]}}, ""),
     ({"model": {"type": "BPE", "vocab": {"a": 0}, "merges": 7}}, ""),

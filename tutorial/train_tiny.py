@@ -1,4 +1,4 @@
-"""Train nanopaged's default model from one plain text file, on a laptop, in about half an hour.
+"""Train nanopaged's default model from one plain text file, without a GPU.
 
     python tutorial/train_tiny.py tinyshakespeare.txt tutorial/tiny [steps]
 
