@@ -107,3 +107,59 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
         y = y.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4)                      # (S,Q,K,G,D)
         out[rows] = y.flatten(2, 3)
     return out
+
+
+def rotate_reference(x, cos, sin):
+    """Turn each pair (x[i], x[i + D/2]) by its token's angle: rotary positions (Su et al. 2021).
+
+    Shapes: x (T, heads, D); cos, sin (T, 1, D/2) -> (T, heads, D).
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def uniform_reference(seeds, positions):
+    """A number in [0, 1) for each (seed, position), by splitmix64 (Steele et al. 2014).
+
+    Shapes: int64 (S,), (S,) -> float64 (S,). Products of int64 wrap around, as they should; the
+    masks make the right shifts logical.
+    """
+    def mix(x):
+        x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47      # 0xBF58476D1CE4E5B9
+        x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15      # 0x94D049BB133111EB
+        return x ^ (x >> 31 & (1 << 33) - 1)
+
+    golden = -0x61C8864680B583EB                                       # 0x9E3779B97F4A7C15
+    bits = mix(mix(seeds + golden) + positions * golden)
+    return (bits >> 11 & (1 << 53) - 1).double() * 2.0 ** -53
+
+
+def filtered_probs_reference(logits, temperature, top_p, top_k, min_p):
+    """What each row draws from, by temperature, then min-p, top-k and top-p -> (S, V).
+
+    Rows need not sum to 1. Shapes: logits (S, V); temperature, top_p, top_k, min_p (S,).
+    """
+    temperature, top_p, top_k, min_p = (x[:, None] for x in (temperature, top_p, top_k, min_p))
+    # 1e-6 stands in for the greedy rows, whose draw is not used
+    probs = (logits / temperature.clamp(min=1e-6)).softmax(-1)
+    probs[probs < min_p * probs.amax(-1, keepdim=True)] = 0
+    if bool(((top_k > 0) | (top_p < 1)).any()):    # only these need the rank of each token
+        ranked, token_ids = probs.sort(descending=True)
+        ranked[(top_k > 0) & (torch.arange(logits.shape[1], device=logits.device) >= top_k)] = 0
+        summed = ranked.cumsum(-1, dtype=torch.float64)
+        # the token that passes top_p is kept too, and so the first one always is
+        ranked[(top_p < 1) & (summed - ranked >= top_p * summed[:, -1:])] = 0
+        probs = torch.zeros_like(probs).scatter(1, token_ids, ranked)
+    return probs
+
+
+def sample_reference(logits, temperature, top_p, top_k, min_p, seeds, positions):
+    """A token for each row, drawn by its seed and position alone; temperature 0 is greedy -> (S,).
+
+    The token is the one at which the summed probabilities pass a number in [0, 1).
+    """
+    probs = filtered_probs_reference(logits, temperature, top_p, top_k, min_p)
+    summed = probs.cumsum(-1, dtype=torch.float64)
+    passed = uniform_reference(seeds, positions)[:, None] * summed[:, -1:]
+    drawn = torch.searchsorted(summed, passed, right=True)[:, 0]
+    return torch.where(temperature > 0, drawn, logits.argmax(-1))

@@ -59,7 +59,6 @@ import math
 import os
 import random
 import re
-import string
 import sys
 import time
 import warnings
@@ -128,7 +127,7 @@ def reading(path):
     try:
         yield
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SafetensorError,
-            TemplateError) as error:
+            TemplateError, RuntimeError) as error:
         raise ValueError(f"{path}: {error if type(error) is ValueError else repr(error)}") from None
 
 
@@ -144,14 +143,13 @@ def load_config(folder):
     num_key_value_heads (K; H / K query heads share one), head_dim (D; H * D need not be E),
     intermediate_size (of the MLP), max_position_embeddings (the longest context), rms_norm_eps,
     tie_word_embeddings (the output matrix is the embedding), attention_bias, mlp_bias, dtype (of
-    the checkpoint), rope (theta, type and its settings), eos_token_id (a list: any ends a text),
-    family ("gpt2" or "llama").
+    the checkpoint), rope, eos_token_id (a list: any ends a text), family ("gpt2" or "llama").
     Raises: ValueError that names file, key, value and what is supported.
     """
     path, generation = folder / "config.json", folder / "generation_config.json"
     raw = {GPT2_KEYS.get(key, key): v for key, v in read_json(path).items() if v is not None}
     if generation.is_file():                       # its end-of-text ids count, if it has any
-        raw |= {k: v for k, v in read_json(generation).items() if k == "eos_token_id"}
+        raw |= {k: v for k, v in read_json(generation).items() if k == "eos_token_id" and v}
     with reading(path):
         arch = raw.get("architectures", [None])[0]
         require(arch in FAMILIES, "architecture", arch, " or ".join(FAMILIES))
@@ -165,12 +163,15 @@ def load_config(folder):
         c["rope"] = {"rope_theta": c["rope_theta"],
                      **raw.get("rope_parameters", raw.get("rope_scaling", {}))}
         c["rope_type"] = c["rope"].get("rope_type", c["rope"].get("type", "default"))
-        if is_int(c["eos_token_id"], 0):
+        if not isinstance(c["eos_token_id"], list):
             c["eos_token_id"] = [c["eos_token_id"]]
         for key, computed in COMPUTED.items():
             require(c.get(key, computed[0]) in computed, key, c.get(key), f"one of {computed}")
         for key in SIZES:
             require(is_int(c[key], 1), key, c[key], "a positive integer")
+        for token_id in c["eos_token_id"]:
+            require(is_int(token_id, 0), "eos_token_id", token_id, "a token id, or a list of them")
+        require(c["rms_norm_eps"] > 0, "rms_norm_eps", c["rms_norm_eps"], "above 0")
         require(c["num_attention_heads"] % c["num_key_value_heads"] == 0, "num_key_value_heads",
                 c["num_key_value_heads"], f"a divisor of {c['num_attention_heads']} query heads")
         require(c["head_dim"] % 2 == 0, "head_dim", c["head_dim"], "even")
@@ -218,12 +219,14 @@ def find_tensors(folder, wanted, is_ignored):
 def load_tensors(folder, wanted, is_ignored):
     """Fill `wanted` from the folder's safetensors; dtype, device and layout are its tensors' own.
 
-    Cost: files are mapped, not read, and the mapping is dropped after each tensor, so that the
-    host never holds more than one tensor beside the destination.
+    Cost: files are mapped, not read, and each mapping is dropped after about 4 MB, so that beside
+    the destination the host holds no second copy, not even of one large embedding.
     """
     for name, (path, key) in find_tensors(folder, wanted, is_ignored).items():
-        with safe_open(path, "pt") as file:
-            wanted[name].copy_(file.get_tensor(key))
+        target = wanted[name]
+        for row in range(0, len(target), rows := 1 + (1 << 22) // target[0].nbytes):
+            with safe_open(path, "pt") as file:
+                target[row:row + rows] = file.get_slice(key)[row:row + rows]
 
 
 # What a model needs of a repository. Names are matched whole, so none can leave the folder.
@@ -244,7 +247,7 @@ def download(repo_id):
     receipt = folder / "downloaded.json"           # written last: the rest is whole
     if receipt.is_file():
         return folder
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     listing = f"{endpoint}/api/models/{repo_id}/revision/main?blobs=true"
     with reading(listing):
         info = _get(listing).json()
@@ -287,7 +290,7 @@ def _fetch(url, path, size, checksum, tries=5):
         try:
             with _get(url, Range=f"bytes={have}-") as response, \
                     open(part, "ab" if response.status_code == 206 else "wb") as file:
-                for chunk in response.iter_content(1 << 20):
+                for chunk in response.iter_content(1 << 16):
                     file.write(chunk)
                     _show_progress(path.name, file.tell(), size)
         except requests.RequestException:
@@ -370,6 +373,12 @@ def bpe_merge(symbols, rank):
     return symbols
 
 
+def split_text(pattern, text):
+    """The matches of a pattern, and what lies between them."""
+    ends = [0, *(at for match in regex.finditer(pattern, text) for at in match.span()), len(text)]
+    return [text[a:b] for a, b in itertools.pairwise(ends) if a < b]
+
+
 class Tokenizer:
     """Text to token ids and back, from the files in a model's folder.
 
@@ -391,30 +400,51 @@ class Tokenizer:
             raise FileNotFoundError(f"{folder}: no tokenizer there; needs {' or '.join(readers)}")
         with reading(folder / present[0]):
             readers[present[0]](folder / present[0])
+        self.bytes_of |= {i: text.encode() for text, i in self.added.items()}
+        self.bytes_of |= dict.fromkeys(self.special.values(), b"")
 
     def _read_gpt2(self, path):
         """GPT-2's own files: vocab.json, and merges.txt with a heading line."""
         vocab = read_json(path)
         merges = path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")[1:]
         self.special = {"<|endoftext|>": vocab["<|endoftext|>"]}
-        self._use_byte_level(vocab, [m.split(" ") for m in merges if m], [GPT2_SPLIT])
+        self._use_merges(vocab, [merge.split(" ") for merge in merges if merge], [GPT2_SPLIT])
+
+    def _read_tiktoken(self, path):
+        """LLaMA-3's tokenizer.model: one token a line, base64 and rank, which is its id."""
+        lines = path.read_bytes().splitlines()
+        require(all(re.fullmatch(rb"\S+ \d+", line) for line in lines), "format", "SentencePiece?",
+                "tiktoken's; put the model's tokenizer.json beside it")
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
+        require([*ranks.values()] == [*range(len(lines))] and len(ranks) >= 256, "list of ranks",
+                f"broken ({len(ranks)} tokens)", "0, 1, 2, ... to the last token")
+        self.special = {text: len(ranks) + offset for text, offset in LLAMA3_SPECIAL.items()}
+        self.prefix = [self.special["<|begin_of_text|>"]]
+        self._use_ranks(ranks, [*ranks.values()], [LLAMA3_SPLIT])
 
     def _read_spec(self, path):
         """tokenizer.json of the tokenizers library."""
         spec = read_json(path)
-        model = spec["model"]
+        model, pre_tokenizer = spec["model"], spec.get("pre_tokenizer") or {}
         require(model.get("type", "BPE") == "BPE", "model", model.get("type"), "BPE")
+        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+            require(not model.get(key), key, model.get(key), "absent")
         for token in spec.get("added_tokens", []):
             (self.special if token["special"] else self.added)[token["content"]] = token["id"]
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        normalizer = spec.get("normalizer") or {"normalizers": []}
+        steps = [part["type"] for part in normalizer.get("normalizers", [normalizer])]
         if model.get("byte_fallback"):
-            self._use_byte_fallback(model["vocab"], merges, spec.get("pre_tokenizer") or {})
+            steps += [pre_tokenizer["type"]] if pre_tokenizer else []
+            schemes = {"Prepend Replace": "each", "Replace": "never",
+                       "Metaspace": pre_tokenizer.get("prepend_scheme", "always")}
+            require(" ".join(steps) in schemes and not pre_tokenizer.get("split"), "normalization",
+                    " ".join(steps), f"one of {[*schemes]}, without split")
+            self._use_byte_fallback(model["vocab"], merges, schemes[" ".join(steps)])
         else:
-            require(not spec.get("normalizer"), "normalizer", spec.get("normalizer"), "null")
-            patterns = self._split_patterns(spec.get("pre_tokenizer") or {})
-            self._use_byte_level(model["vocab"], merges, patterns, model.get("ignore_merges"))
-        self.bytes_of |= {i: text.encode() for text, i in self.added.items()}
-        self.bytes_of |= dict.fromkeys(self.special.values(), b"")
+            require(not steps, "normalizer", steps, "null with byte-level BPE")
+            self._use_merges(model["vocab"], merges, self._split_patterns(pre_tokenizer),
+                             model.get("ignore_merges"))
         processor = spec.get("post_processor") or {}
         for part in processor.get("processors", [processor]):
             if part.get("type") == "TemplateProcessing":       # such as <s> before every text
@@ -438,8 +468,8 @@ class Tokenizer:
                     require(False, "pre_tokenizer", part, "Digits, Split or ByteLevel")
         return patterns
 
-    def _use_byte_level(self, vocab, merges, patterns, ignore_merges=False):
-        """tiktoken with ranks of our own: the bytes, then the merges in their order.
+    def _use_merges(self, vocab, merges, patterns, ignore_merges=False):
+        """Ranks of our own: the bytes, then the merges in their order.
 
         tiktoken takes a piece that is a token as a whole; "ignore_merges" asks for just that, so
         tokens that no merge makes get a rank too.
@@ -447,40 +477,31 @@ class Tokenizer:
         made = [left + right for left, right in merges] + [*vocab] * bool(ignore_merges)
         tokens = [t for t in dict.fromkeys([*BYTE_OF, *made]) if BYTE_OF.keys() >= {*t}]
         ranks = {bytes(BYTE_OF[c] for c in token): rank for rank, token in enumerate(tokens)}
-        id_of = [vocab.get(token) for token in tokens]         # None: a byte unknown to the model
-        self.bytes_of = dict(zip(id_of, ranks, strict=True))
-        *outer, last = patterns
-        encoding = tiktoken.Encoding("", pat_str=last, mergeable_ranks=ranks, special_tokens={})
+        self._use_ranks(ranks, [vocab.get(token) for token in tokens], patterns)
+
+    def _use_ranks(self, ranks, ids, patterns):
+        """tiktoken, which merges by rank. ids[rank] is the model's id; None: it lacks that byte."""
+        self.bytes_of = dict(zip(ids, ranks, strict=True))
+        # The splits are made here: tiktoken knows one pattern, and panics at 1 MB of white space.
+        whole = "(?s:.+)"
+        encoding = tiktoken.Encoding("", pat_str=whole, mergeable_ranks=ranks, special_tokens={})
 
         def encode(text, at_start):
             pieces = [text]
-            for pattern in outer:
-                pieces = [p for piece in pieces for p in regex.split(f"({pattern})", piece) if p]
-            ids = [id_of[rank] for piece in pieces for rank in encoding.encode_ordinary(piece)]
-            return [i for i in ids if i is not None]   # dropped, as by the tokenizers library
+            for pattern in patterns:
+                pieces = [p for piece in pieces for p in split_text(pattern, piece)]
+            return [ids[rank] for piece in pieces for rank in encoding.encode_ordinary(piece)
+                    if ids[rank] is not None]      # dropped, as by the tokenizers library
 
         self._encode_ordinary = encode
 
-    def _read_tiktoken(self, path):
-        """LLaMA-3's tokenizer.model: one token a line, base64 and rank."""
-        lines = path.read_bytes().splitlines()
-        require(all(re.fullmatch(rb"\S+ \d+", line) for line in lines), "format", "SentencePiece?",
-                "tiktoken's; put the model's tokenizer.json beside it")
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        self.bytes_of = {rank: token for token, rank in ranks.items()}
-        self.special = {text: len(ranks) + offset for text, offset in LLAMA3_SPECIAL.items()}
-        self.prefix = [self.special["<|begin_of_text|>"]]
-        encoding = tiktoken.Encoding("", pat_str=LLAMA3_SPLIT, mergeable_ranks=ranks,
-                                     special_tokens={})
-        self._encode_ordinary = lambda text, at_start: encoding.encode_ordinary(text)
-
-    def _use_byte_fallback(self, vocab, merges, pre_tokenizer):
+    def _use_byte_fallback(self, vocab, merges, scheme):
         """LLaMA-2, TinyLlama, Mistral: ▁ is a space, an unknown character becomes its bytes."""
         rank = {(left, right): i for i, (left, right) in enumerate(merges)}
         for token, i in vocab.items():
             byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
             self.bytes_of[i] = bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
-        self.first_space = " "
+        self.first_space = " " * (scheme != "never")
         # Words can be merged apart, and remembered, as no token has a ▁ after another character.
         words = re.compile("▁*[^▁]*" if not any("▁" in t.lstrip("▁") for t in vocab) else "(?s:.+)")
 
@@ -492,8 +513,8 @@ class Tokenizer:
 
         def encode(text, at_start):
             text = text.replace(" ", "▁")
-            scheme = pre_tokenizer.get("prepend_scheme")       # None is the older form of the file
-            if not scheme or (scheme == "always" or at_start) and text[0] != "▁":
+            if scheme == "each" or text[0] != "▁" and (
+                    scheme == "always" or scheme == "first" and at_start):
                 text = "▁" + text
             return [i for word in words.findall(text) for i in encode_word(word)]
 
@@ -528,14 +549,14 @@ class Tokenizer:
         path, config = self.folder / "chat_template.jinja", self.folder / "tokenizer_config.json"
         config = read_json(config) if config.is_file() else {}
         source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
-        if isinstance(source, list):                           # several, by name
-            source = {t["name"]: t["template"] for t in source}.get("default")
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                             extensions=["jinja2.ext.loopcontrols"])
         env.globals |= {"raise_exception": _template_error, "strftime_now": time.strftime}
         special = {k: v["content"] if isinstance(v, dict) else v
                    for k, v in config.items() if k.endswith("_token") and v}
         with reading(f"{self.folder}: chat template"):
+            if isinstance(source, list):                       # several, by name
+                source = {t["name"]: t["template"] for t in source}.get("default")
             require(source, "it", source, "there for a chat")
             return env.from_string(source).render(messages=messages, add_generation_prompt=True,
                                                   **special)
@@ -598,12 +619,14 @@ class SamplingParams:
 
     def __post_init__(self):
         check_limits(vars(self), optional=("seed", "logprobs"))
-        self.stop = [self.stop] if isinstance(self.stop, str) else list(self.stop)
-        self.stop_token_ids = list(self.stop_token_ids)
-        require(all(isinstance(s, str) and s for s in self.stop), "stop", self.stop,
-                "a text or a list of texts, none of them empty")
-        require(all(is_int(i, 0) for i in self.stop_token_ids), "stop_token_ids",
-                self.stop_token_ids, "a list of token ids")
+        for name, allowed, is_good in (
+                ("stop", "one or more texts, none empty", lambda s: isinstance(s, str) and s),
+                ("stop_token_ids", "a list of token ids", lambda i: is_int(i, 0))):
+            given = getattr(self, name)
+            items = [] if given is None else [given] if isinstance(given, str) else given
+            require(isinstance(items, list | tuple) and all(map(is_good, items)), name, given,
+                    allowed)
+            setattr(self, name, list(items))
 
 
 Status = Enum("Status", "WAITING RUNNING SWAPPED FINISHED")
@@ -664,9 +687,10 @@ class SequenceGroup:
         finished, outputs = self.status is Status.FINISHED, []
         for i, seq in enumerate(self.seqs):
             held_back = 0 if finished else max(map(len, seq.params.stop), default=1) - 1
-            outputs.append(CompletionOutput(
-                i, seq.text[:len(seq.text) - held_back], seq.token_ids[seq.num_prompt_tokens:],
-                seq.cumulative_logprob, seq.logprobs or None, seq.finish_reason))
+            text = seq.text[:max(0, len(seq.text) - held_back)]
+            outputs.append(CompletionOutput(i, text, seq.token_ids[seq.num_prompt_tokens:],
+                                            seq.cumulative_logprob, seq.logprobs[:] or None,
+                                            seq.finish_reason))
         prompt_token_ids = self.seqs[0].token_ids[:self.seqs[0].num_prompt_tokens]
         return RequestOutput(self.request_id, self.prompt, prompt_token_ids, outputs, finished)
 
@@ -715,10 +739,10 @@ class BlockPool:
 
         Raises: OutOfBlocks, and nothing changes (I5).
         """
-        if not self.can_append(seq, num_new):
-            raise OutOfBlocks(f"{self.blocks_needed(seq, num_new)} blocks needed, "
-                              f"{self.num_free} free")
-        for _ in range(self.blocks_needed(seq, num_new)):
+        needed = self.blocks_needed(seq, num_new)
+        if needed > self.num_free:
+            raise OutOfBlocks(f"{needed} blocks are needed, {self.num_free} are free")
+        for _ in range(needed):
             block_id = self.free_blocks.popleft()
             self.ref_count[block_id] = 1
             seq.block_table.append(block_id)
@@ -735,12 +759,11 @@ class BlockPool:
         """Assert I1, I2 and I4 over all sequences that hold blocks."""
         rows = Counter(block_id for seq in seqs for block_id in seq.block_table)
         for seq in seqs:
-            assert len(seq.block_table) == -(-seq.num_kv // self.block_size), \
-                f"I4: {seq.num_kv} tokens in {len(seq.block_table)} blocks of {self.block_size}"
-        assert all(rows[block_id] == count for block_id, count in enumerate(self.ref_count)), \
-            f"I1: {self.ref_count} are not the table rows, {rows}"
-        assert sorted([*self.free_blocks, *rows]) == list(range(self.num_blocks)), \
-            f"I2: a block is lost, or twice in free {self.free_blocks} and held {sorted(rows)}"
+            assert self.blocks_needed(seq, 0) == 0, f"I4: {seq.num_kv} tokens, {seq.block_table}"
+        counted = [rows[block_id] for block_id in range(self.num_blocks)]
+        assert counted == self.ref_count, f"I1: {counted} rows, but ref_count {self.ref_count}"
+        held_or_free = sorted([*rows, *self.free_blocks])
+        assert held_or_free == [*range(self.num_blocks)], f"I2: lost or there twice: {held_or_free}"
 
 
 # ================================================================================================
@@ -841,13 +864,11 @@ class Batch:
     context_lens: torch.Tensor      # (S,) int32, this step's tokens included
     query_start: torch.Tensor       # (S+1,) int32: row of each sequence's first token, and T
     max_query_len: int
-    runs: list                      # kernels.query_runs: what attention does alike in all layers
     last_rows: torch.Tensor         # rows whose logits are wanted
 
 
 def make_batch(scheduled, block_size, device):
     """The flat batch of a step. Rows of sequences that now know all their tokens are sampled."""
-    assert scheduled, "an empty batch"
     rows = max(len(seq.block_table) for seq, _ in scheduled)
     query_lens = torch.tensor([num_new for _, num_new in scheduled])
     first = torch.tensor([seq.num_kv for seq, _ in scheduled])             # (S,) position of row 0
@@ -859,13 +880,12 @@ def make_batch(scheduled, block_size, device):
     slots = tables[seq_of, positions // block_size].long() * block_size + positions % block_size
     ids = itertools.chain.from_iterable(
         seq.token_ids[seq.num_kv:seq.num_kv + num_new] for seq, num_new in scheduled)
-    maps = tables.to(device), (first + query_lens).int().to(device), query_start.int().to(device)
     is_last = torch.tensor([seq.num_kv + num_new == seq.num_tokens for seq, num_new in scheduled])
     return Batch(
         input_ids=torch.tensor(list(ids)).to(device), positions=positions.to(device),
-        slot_mapping=slots.to(device), block_tables=maps[0], context_lens=maps[1],
-        query_start=maps[2], max_query_len=int(query_lens.max()),
-        runs=kernels.query_runs(*maps, block_size),
+        slot_mapping=slots.to(device), block_tables=tables.to(device),
+        context_lens=(first + query_lens).int().to(device),
+        query_start=query_start.int().to(device), max_query_len=int(query_lens.max()),
         last_rows=(query_start[1:] - 1)[is_last].to(device))
 
 
@@ -912,15 +932,6 @@ def rope_frequencies(config):
     return torch.lerp(slowed, frequency, ((turns - low) / (high - low)).clamp(0, 1))
 
 
-def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + D/2]) by its token's angle.
-
-    Shapes: x (T, heads, D); cos, sin (T, 1, D/2) -> (T, heads, D).
-    """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
-
-
 class Linear(nn.Linear):
     """Left as it was allocated: first values would be lost work, as a checkpoint brings others."""
 
@@ -944,25 +955,25 @@ class Layer(nn.Module):
         super().__init__()
         self.config = c
         self.heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
-        width, attention_width = c.hidden_size, c.num_attention_heads * c.head_dim
-        gates = 1 if c.family == "gpt2" else 2
         self.attn_norm = make_norm(c)
-        self.qkv = Linear(width, sum(self.heads) * c.head_dim, c.attention_bias, **c.factory)
-        self.o = Linear(attention_width, width, c.attention_bias, **c.factory)
+        qkv_size = sum(self.heads) * c.head_dim
+        self.qkv = Linear(c.hidden_size, qkv_size, c.attention_bias, **c.factory)
+        self.o = Linear(self.heads[0] * c.head_dim, c.hidden_size, c.attention_bias, **c.factory)
         self.mlp_norm = make_norm(c)
-        self.up = Linear(width, gates * c.intermediate_size, c.mlp_bias, **c.factory)
-        self.down = Linear(c.intermediate_size, width, c.mlp_bias, **c.factory)
+        up_size = c.intermediate_size * (1 if c.family == "gpt2" else 2)
+        self.up = Linear(c.hidden_size, up_size, c.mlp_bias, **c.factory)
+        self.down = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias, **c.factory)
 
-    def forward(self, x, k_cache, v_cache, batch, rope):
+    def forward(self, x, k_cache, v_cache, batch, rope, runs):
         """x (T, E) -> (T, E); writes the K and V of the T tokens into their slots."""
         qkv = self.qkv(self.attn_norm(x)).unflatten(1, (-1, self.config.head_dim))
         qk, v = qkv.split((sum(self.heads[:2]), self.heads[2]), dim=1)     # (T, H+K, D), (T, K, D)
-        q, k = (rotate(qk, *rope) if rope else qk).split(self.heads[:2], dim=1)
+        qk = kernels.rotate_reference(qk, *rope) if rope else qk
+        q, k = qk.split(self.heads[:2], dim=1)
         kernels.write_kv_reference(k, v, k_cache, v_cache, batch.slot_mapping)
         y = kernels.paged_attention_reference(                             # (T, H, D)
             q, k_cache, v_cache, batch.block_tables, batch.context_lens, batch.query_start,
-            max_query_len=batch.max_query_len, scale=self.config.head_dim ** -0.5,
-            runs=batch.runs)
+            max_query_len=batch.max_query_len, scale=self.config.head_dim ** -0.5, runs=runs)
         x = x + self.o(y.flatten(1))
         h = self.up(self.mlp_norm(x))
         if self.config.family == "gpt2":
@@ -985,6 +996,7 @@ class Decoder(nn.Module):
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size, False, **c.factory)
         self.frequencies = rope_frequencies(c).to(c.factory["device"])
+        require(self.frequencies.isfinite().all().item(), "rope", c.rope, "finite angles")
 
     def forward(self, batch, kv_cache):
         """-> logits (len(batch.last_rows), V) float32; kv_cache (L, 2, N, B, K, D) is written."""
@@ -994,8 +1006,10 @@ class Decoder(nn.Module):
         else:   # the angles are computed in float32 and once a step, not once a layer
             angle = batch.positions[:, None, None] * self.frequencies      # (T, 1, D/2)
             rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        runs = kernels.query_runs(batch.block_tables, batch.context_lens, batch.query_start,
+                                  kv_cache.shape[3])                       # once a step, too
         for layer, (k_cache, v_cache) in zip(self.layers, kv_cache, strict=True):
-            x = layer(x, k_cache, v_cache, batch, rope)
+            x = layer(x, k_cache, v_cache, batch, rope, runs)
         # the vocabulary is the widest matrix: only rows that are sampled meet it
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
         return F.linear(self.norm(x[batch.last_rows]), head.weight).float()
@@ -1021,7 +1035,7 @@ class Decoder(nn.Module):
 def load_model(config, folder, device, dtype, load_format="auto"):
     """A Decoder on `device`, filled from the folder or, as "dummy", with random weights."""
     config.factory = {"device": device, "dtype": dtype}
-    with reading(folder / "config.json"):          # such as a rope setting that is not there
+    with reading(folder / "config.json"):          # a rope setting is missing, or memory is short
         model = Decoder(config).requires_grad_(False)
     if load_format == "dummy":
         for parameter in model.parameters():
@@ -1036,49 +1050,10 @@ def load_model(config, folder, device, dtype, load_format="auto"):
 # 9. Sampler
 #    in: logits (S, V) and each row's sequence      out: one token a row, and log-probabilities
 #
-#    Each row draws one number u in [0, 1) that depends on its seed and position alone, and takes
-#    the token at which the summed probabilities pass u. Nothing is carried from step to step, so
-#    neither the rest of the batch nor a preemption can change what a request draws.
+#    Each row draws one number that depends on its seed and its position alone, and nothing is
+#    carried from step to step: so neither the rest of the batch nor a preemption can change what
+#    a request draws.
 # ================================================================================================
-
-
-def uniform(seeds, positions):
-    """A number in [0, 1) for each (seed, position), by splitmix64 (Steele et al. 2014).
-
-    Shapes: int64 (S,), (S,) -> float64 (S,). Products of int64 wrap around, as they should; the
-    masks make the right shifts logical.
-    """
-    def mix(x):
-        x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47      # 0xBF58476D1CE4E5B9
-        x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15      # 0x94D049BB133111EB
-        return x ^ (x >> 31 & (1 << 33) - 1)
-
-    golden = -0x61C8864680B583EB                                       # 0x9E3779B97F4A7C15
-    bits = mix(mix(seeds + golden) + positions * golden)
-    return (bits >> 11 & (1 << 53) - 1).double() * 2.0 ** -53
-
-
-def filtered_probs(logits, params):
-    """The distribution each row draws from: temperature, then min-p, top-k, top-p -> (S, V).
-
-    Rows need not sum to 1.
-    """
-    def column(name, dtype):
-        values = [getattr(p, name) for p in params]
-        return torch.tensor(values, dtype=dtype, device=logits.device)[:, None]     # (S, 1)
-
-    # 1e-6 stands in for the greedy rows, whose draw is not used
-    probs = (logits / column("temperature", torch.float32).clamp(min=1e-6)).softmax(-1)
-    probs[probs < column("min_p", torch.float32) * probs.amax(-1, keepdim=True)] = 0
-    top_k, top_p = column("top_k", torch.long), column("top_p", torch.float64)
-    if (top_k > 0).any() or (top_p < 1).any():     # only these need the rank of each token
-        ranked, token_ids = probs.sort(descending=True)
-        ranked[(top_k > 0) & (torch.arange(logits.shape[1], device=logits.device) >= top_k)] = 0
-        likelier = ranked.cumsum(-1, dtype=torch.float64) - ranked
-        # the token that passes top_p is kept too, and so the first one always is
-        ranked[likelier >= top_p * ranked.sum(-1, keepdim=True)] = 0
-        probs = torch.zeros_like(probs).scatter(1, token_ids, ranked)
-    return probs
 
 
 def sample(logits, seqs):
@@ -1086,29 +1061,32 @@ def sample(logits, seqs):
 
     The log-probabilities are the model's own, before penalty, temperature and filters.
     """
-    params, device = [seq.params for seq in seqs], logits.device
-    logprobs = logits.log_softmax(-1)
+    def column(values, dtype):
+        return torch.tensor(list(values), dtype=dtype, device=logits.device)        # (S,)
+
+    params, logprobs = [seq.params for seq in seqs], logits.log_softmax(-1)
     for row, seq in enumerate(seqs):
         if (penalty := params[row].repetition_penalty) != 1:
-            seen = torch.tensor(sorted(set(seq.token_ids)), device=device)
+            seen = column(set(seq.token_ids), torch.long)
             score = logits[row, seen]              # multiplying lowers a negative score
             logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
-    tokens = logits.argmax(-1)
     if any(p.temperature for p in params):
-        cumulative = filtered_probs(logits, params).cumsum(-1, dtype=torch.float64)
-        u = uniform(torch.tensor([seq.seed for seq in seqs], device=device),
-                    torch.tensor([seq.num_tokens for seq in seqs], device=device))[:, None]
-        drawn = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)[:, 0]
-        random_rows = torch.tensor([p.temperature > 0 for p in params], device=device)
-        tokens = torch.where(random_rows, drawn, tokens)
-    chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
-    out = []
-    for row, (token, logprob) in enumerate(zip(tokens.tolist(), chosen, strict=True)):
+        tokens = kernels.sample_reference(
+            logits, column((p.temperature for p in params), torch.float32),
+            column((p.top_p for p in params), torch.float64),
+            column((p.top_k for p in params), torch.long),
+            column((p.min_p for p in params), torch.float32),
+            column((seq.seed for seq in seqs), torch.long),
+            column((seq.num_tokens for seq in seqs), torch.long))
+    else:
+        tokens = logits.argmax(-1)
+    chosen, out = logprobs.gather(1, tokens[:, None])[:, 0].tolist(), []
+    for row, token in enumerate(tokens.tolist()):
         top = None
-        if (k := params[row].logprobs) is not None:
-            values, ids = logprobs[row].topk(min(k, logprobs.shape[1]))
-            top = {token: logprob, **dict(zip(ids.tolist(), values.tolist(), strict=True))}
-        out.append((token, logprob, top))
+        if params[row].logprobs is not None:
+            values, ids = logprobs[row].topk(min(params[row].logprobs, logits.shape[1]))
+            top = {token: chosen[row], **dict(zip(ids.tolist(), values.tolist(), strict=True))}
+        out.append((token, chosen[row], top))
     return out
 
 
@@ -1138,6 +1116,7 @@ class Engine:
         Raises: ValueError when it can never run; nothing changes then (I5, I7).
         """
         text, vocab_size = prompt if isinstance(prompt, str) else None, self.model.config.vocab_size
+        require(isinstance(prompt, str | list | tuple), "prompt", prompt, "a text or token ids")
         if text is not None or params.stop:
             require(self.tokenizer, "prompt", prompt,
                     "token ids, and without stop strings: there is no tokenizer")
@@ -1169,13 +1148,15 @@ class Engine:
     def step(self):
         """Schedule, run the model once, sample -> outputs of the requests that got a token."""
         scheduled = self.scheduler.schedule()
+        if not scheduled:
+            return []
         batch = make_batch(scheduled, self.pool.block_size, self.kv_cache.device)
-        logits = self.model(batch, self.kv_cache)
-        for seq, num_new in scheduled:
-            seq.num_kv += num_new                  # not before: now their K and V are written
-        seqs = [seq for seq, _ in scheduled if seq.num_kv == seq.num_tokens]
-        for seq, sampled in zip(seqs, sample(logits, seqs), strict=True):
-            self._append_token(seq, *sampled)
+        seqs = [seq for seq, num_new in scheduled if seq.num_kv + num_new == seq.num_tokens]
+        sampled = sample(self.model(batch, self.kv_cache), seqs)
+        for seq, num_new in scheduled:             # from here on nothing can fail: a step that was
+            seq.num_kv += num_new                  # interrupted before is simply done again
+        for seq, token in zip(seqs, sampled, strict=True):
+            self._append_token(seq, *token)
         self._count_slots(scheduled)
         moved = [group for group in self.scheduler.running if group.seqs[0] in seqs]
         for group in moved:
@@ -1256,9 +1237,8 @@ def make_kv_cache(config, dtype, device, block_size, num_blocks, most_tokens, ut
         memory = int(free - total * (1 - utilization))
     wanted = num_blocks or max(1, min(memory // block_bytes, -(-most_tokens // block_size)))
     if wanted * block_bytes > memory:
-        raise MemoryError(f"{wanted} KV blocks of {block_bytes:,} bytes do not fit into the "
-                          f"{memory:,} bytes that {device} has for them; lower num_blocks or "
-                          "block_size, or raise gpu_memory_utilization")
+        raise MemoryError(f"{wanted} KV blocks take {wanted * block_bytes:,} bytes, {device} has "
+                          f"{memory:,} for them; lower num_blocks or block_size")
     return kernels.new_kv_cache(config.num_hidden_layers, wanted, *shape)
 
 
@@ -1298,6 +1278,7 @@ class LLM:
                 f"at most {longest}, what model and block pool can hold")
         self.engine = Engine(decoder, self.tokenizer, kv_cache, max_num_seqs,
                              max_num_batched_tokens, max_model_len or longest, seed)
+        self.stats = self.engine.stats
 
     def generate(self, prompts, sampling_params=None):
         """Complete prompts -> one RequestOutput a prompt, in their order.
@@ -1308,7 +1289,7 @@ class LLM:
         """
         if isinstance(prompts, str) or prompts and isinstance(prompts[0], int):
             prompts = [prompts]
-        params = sampling_params or SamplingParams()
+        params = SamplingParams() if sampling_params is None else sampling_params
         params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
         require(len(params) == len(prompts), "number of sampling_params", len(params), len(prompts))
         outputs = {}
@@ -1316,15 +1297,12 @@ class LLM:
             for prompt, p in zip(prompts, params, strict=True):
                 outputs[self.engine.add_request(prompt, p)] = None
             while any(output is None for output in outputs.values()):
-                outputs |= {out.request_id: out for out in self.engine.step() if out.finished}
+                outputs |= {out.request_id: out for out in self.engine.step()
+                            if out.finished and out.request_id in outputs}
         finally:                                   # after an error or Ctrl-C nothing is left over
             for request_id in outputs:
                 self.engine.abort(request_id)
         return list(outputs.values())
-
-    def stats(self):
-        """Memory and scheduling counters: see Engine.stats."""
-        return self.engine.stats()
 
 
 def draw_blocks(engine):
@@ -1332,7 +1310,7 @@ def draw_blocks(engine):
     pool, owner, lines = engine.pool, {}, []
     seqs = [(group.request_id, seq) for group in engine.scheduler.running for seq in group.seqs]
     for i, (request_id, seq) in enumerate(seqs):
-        owner |= dict.fromkeys(seq.block_table, letter := string.ascii_letters[i % 52])
+        owner |= dict.fromkeys(seq.block_table, letter := chr(ord("a") + i % 26))
         text = "".join(engine.tokenizer.decode([token_id]) for token_id in seq.token_ids[-8:])
         table = ".. " * (len(seq.block_table) > 12) + " ".join(map(str, seq.block_table[-12:]))
         lines.append(f"  {letter}: request {request_id}, {seq.num_tokens} tokens, {seq.num_kv} "
@@ -1345,13 +1323,12 @@ def draw_blocks(engine):
     return "\n".join([head, *lines])
 
 
-REPORT = """{generated_tokens} tokens in {seconds:.2f} s: {speed:.1f} tokens/s; {steps} steps of \
-{mean_running:.1f} requests
-blocks of {block_size} tokens: {blocks_peak} at the peak, {blocks_used} now, {num_blocks} in the \
-pool; {preemptions_recompute} preemptions
+REPORT = """\
+{generated_tokens} tokens in {seconds:.2f} s: {speed:.1f} tokens/s; {steps} steps
+blocks of {block_size}: {blocks_peak} at the peak, {blocks_used} now, {num_blocks} in the pool
 KV slots held: {kv_tokens:.1%} tokens, {kv_reserved:.1%} reserved, {kv_internal:.1%} internal and \
 {kv_external:.1%} external waste
-attention: torch reference on {device}"""
+{preemptions_recompute} preemptions; attention: torch reference on {device}"""
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -1469,6 +1446,8 @@ def run(args):
 def main(argv=None):
     """Run the command line; every foreseeable failure is one line on stderr."""
     try:
+        if hasattr(sys.stdout, "reconfigure"):     # an emoji on a terminal that has none is a "?"
+            sys.stdout.reconfigure(errors="replace")
         return run(CommandLine().parse_args(argv))
     except KeyboardInterrupt:
         return 130
@@ -1476,7 +1455,7 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
-        print(f"nanopaged: {error}", file=sys.stderr)
+        print("nanopaged:", " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, ValueError | FileNotFoundError | OutOfBlocks) else 1
 
 

@@ -380,6 +380,16 @@ def test_streamed_texts_are_prefixes_of_the_final_one(seed, text_llm):
         assert (out.outputs[0].finish_reason is None) != out.finished
 
 
+def test_texts_that_end_within_a_character(text_llm):
+    """The bytes of a last, unfinished character are lost where they should become U+FFFD."""
+    params = [text_params(2, max_tokens=n) for n in range(1, 60)]
+    texts = [out.outputs[0].text for out in text_llm.generate([[5, 6]] * 59, params)]
+    tokens = token_ids(text_llm.generate([5, 6], params[-1])[0])
+    pieces = [text_llm.tokenizer.token_bytes(token) for token in tokens]
+    assert texts == [b"".join(pieces[:n]).decode("utf-8", "replace") for n in range(1, 60)]
+    assert any(text.endswith("\ufffd") for text in texts), "none does: this test shows nothing"
+
+
 def test_streamed_outputs_are_snapshots(text_llm):
     """Lists shared with the engine: an output that was kept changes behind its owner's back."""
     streamed = snapshots(text_llm, [5, 6], text_params(0, logprobs=1))

@@ -141,8 +141,8 @@ def test_random_mixes(seed):
     assert_attends(Paged(lens, block_size=rng.choice([1, 2, 8, 16]), seed=seed))
 
 
-@pytest.mark.parametrize("lens", [[(7, 1)] * 3, [(7, 1), (6, 1), (7, 1)], [(0, 1)] * 2, [(4, 3)] * 3],
-                         ids=str)
+@pytest.mark.parametrize("lens", [[(7, 1)] * 3, [(7, 1), (6, 1), (7, 1)], [(0, 1)] * 2,
+                                  [(4, 3)] * 3], ids=str)
 def test_equal_contexts(lens):
     """A mask left out where every query sees every key, and also where only most do."""
     assert_attends(Paged(lens))

@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import make_seq
 
-import nanopaged
-from nanopaged import SamplingParams, filtered_probs, sample, uniform
+import kernels
+from kernels import uniform_reference as uniform
+from nanopaged import SamplingParams, sample
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -17,6 +18,13 @@ INF = math.inf
 def row(*values):
     """One row of logits -> (1, V) float32."""
     return torch.tensor([values], dtype=torch.float32)
+
+
+def filtered_probs(logits, params):
+    """What each row of logits draws from, by its SamplingParams -> (S, V)."""
+    columns = (torch.tensor([getattr(p, name) for p in params])
+               for name in ("temperature", "top_p", "top_k", "min_p"))
+    return kernels.filtered_probs_reference(logits, *columns)
 
 
 def log_probs(*probs):
@@ -223,7 +231,7 @@ def test_the_draw_depends_on_seed_and_position():
 @pytest.mark.parametrize("u, token", [(0.0, 2), (0.4999, 2), (0.5001, 4), (1 - 2**-53, 4)])
 def test_a_token_of_probability_zero_is_never_drawn(u, token, monkeypatch):
     """u = 0 takes token 0 whatever its probability, or the largest u falls off the end."""
-    monkeypatch.setattr(nanopaged, "uniform",
+    monkeypatch.setattr(kernels, "uniform_reference",
                         lambda seeds, positions: torch.full(seeds.shape, u, dtype=torch.float64))
     logits = log_probs(0, 0, 0.5, 0, 0.5, 0, 0)
     for options in ({}, {"top_k": 5}, {"top_p": 0.9999}, {"min_p": 0.1}, {"temperature": 0.01}):
@@ -234,7 +242,7 @@ def test_a_large_vocabulary(monkeypatch):
     """Sums in float32: the last tokens of 128,000 are then never, or far too often, drawn."""
     size = 128_000
     for u in (0.0, 1e-5, 0.3, 0.7, 0.99999, 1 - 2**-53):
-        monkeypatch.setattr(nanopaged, "uniform",
+        monkeypatch.setattr(kernels, "uniform_reference",
                             lambda s, p, u=u: torch.full(s.shape, u, dtype=torch.float64))
         assert abs(sample_row(torch.zeros(1, size))[0] - math.floor(u * size)) <= 1
 
@@ -292,7 +300,10 @@ def test_top_k_above_the_vocabulary_keeps_all():
 def test_equal_logits():
     """top_k = 1 that keeps all of the likeliest, or greedy that draws among them."""
     logits = row(1, 2, 2, 2, 0)
-    assert sample_row(logits, temperature=0)[0] == 1
+    for seed in range(20):                            # alone, and beside a row that draws
+        seqs = [make_seq(1, SamplingParams(temperature=t), seed) for t in (0, 1)]
+        assert sample_row(logits, seed, temperature=0)[0] == 1
+        assert sample(logits.repeat(2, 1), seqs)[0][0] == 1
     assert filtered_probs(logits, [SamplingParams(top_k=1)]).gt(0).sum() == 1
     assert filtered_probs(logits, [SamplingParams(min_p=1.0)])[0].gt(0).tolist() == [
         False, True, True, True, False]

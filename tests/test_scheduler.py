@@ -38,7 +38,7 @@ class Play:
         scheduled = self.scheduler.schedule()
         self._check_plan(scheduled)
         owner = {id(seq): i for i, group in self.groups.items() for seq in group.seqs}
-        computed = {owner[id(seq)]: num_new for seq, num_new in scheduled if num_new}
+        computed = {owner[id(seq)]: num_new for seq, num_new in scheduled}
         for seq, num_new in scheduled:
             request_id = owner[id(seq)]
             seq.num_kv += num_new
@@ -55,7 +55,7 @@ class Play:
         assert len({id(seq) for seq, _ in scheduled}) == len(scheduled), "one sequence twice"
         for seq, num_new in scheduled:
             known = seq.num_tokens - seq.num_kv
-            assert 0 <= num_new <= known, f"{num_new} tokens to compute, {known} are known"
+            assert 1 <= num_new <= known, f"{num_new} tokens to compute, {known} are known"
             slots = len(seq.block_table) * self.pool.block_size
             assert seq.num_kv + num_new <= slots, "tokens to compute without a slot"
 

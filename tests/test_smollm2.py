@@ -6,12 +6,12 @@ tests/golden/smollm2.json was made by `python tests/smollm2.py --golden`.
 import json
 from pathlib import Path
 
-import kernels
 import pytest
 import smollm2
 import torch
 from helpers import greedy_params, run_checked, token_ids
 
+import kernels
 from nanopaged import LLM, Engine
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "smollm2.json").read_text("utf-8"))

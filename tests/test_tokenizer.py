@@ -191,7 +191,7 @@ def test_an_empty_text_has_no_tokens_of_its_own(name):
 
 
 @pytest.mark.parametrize("text", [" " * 10 ** 6, "\n" * 10 ** 6, "a" * 10 ** 6, "\r\n \t" * 250_000,
-                                  "!" * 10 ** 6, "1" * 300_000, "🙂" * 30_000],
+                                  "!" * 10 ** 6, "1" * 100_000, "🙂" * 30_000],
                          ids=["spaces", "line ends", "a", "white space", "!", "digits", "emoji"])
 @pytest.mark.parametrize("name", ["gpt2_json", "llama2", "llama3", "llama3_tiktoken", "smollm2"])
 def test_a_megabyte_of_one_thing(name, text):
@@ -271,6 +271,14 @@ def test_options_of_bpe_are_not_dropped(option, tmp_path):
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
     message = refusal(copy_tokenizer("gpt2_json", folder, model=model | option))
     assert next(iter(option)) in message
+
+
+def test_groups_in_a_split_pattern(tmp_path):
+    """re.split() returns what groups matched beside the pieces: text comes out twice."""
+    split = SPLIT | {"pattern": {"Regex": r"(\s)|(\d)(\d)?"}}
+    pre_tokenizer = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
+    tok = Tokenizer(copy_tokenizer("gpt2_json", tmp_path, pre_tokenizer=pre_tokenizer))
+    assert tok.decode(tok.encode("a 12 b345\n")) == "a 12 b345\n"
 
 
 METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
