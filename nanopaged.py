@@ -310,9 +310,8 @@ def _fetch(url, path, size, checksum, tries=5):
 
 def _show_progress(name, done, size):
     if sys.stderr.isatty():
-        bar, end = "#" * (30 * done // size), "\n" if done >= size else ""
-        print(f"\r{name:30.30} [{bar:30}] {done / 1e6:,.1f} of {size / 1e6:,.1f} MB", end=end,
-              file=sys.stderr, flush=True)
+        print(f"\r{name:30.30} [{'#' * (30 * done // size):30}] {done / 1e6:,.1f} of "
+              f"{size / 1e6:,.1f} MB", end="\n" * (done >= size), file=sys.stderr, flush=True)
 
 
 def find_model(model):
@@ -1152,13 +1151,13 @@ class Engine:
             return []
         batch = make_batch(scheduled, self.pool.block_size, self.kv_cache.device)
         seqs = [seq for seq, num_new in scheduled if seq.num_kv + num_new == seq.num_tokens]
-        sampled = sample(self.model(batch, self.kv_cache), seqs)
+        sampled = dict(zip(seqs, sample(self.model(batch, self.kv_cache), seqs), strict=True))
         for seq, num_new in scheduled:             # from here on nothing can fail: a step that was
             seq.num_kv += num_new                  # interrupted before is simply done again
-        for seq, token in zip(seqs, sampled, strict=True):
+        for seq, token in sampled.items():
             self._append_token(seq, *token)
         self._count_slots(scheduled)
-        moved = [group for group in self.scheduler.running if group.seqs[0] in seqs]
+        moved = [group for group in self.scheduler.running if group.seqs[0] in sampled]
         for group in moved:
             if all(seq.finish_reason for seq in group.seqs):
                 self.scheduler.finish(self.groups.pop(group.request_id))
@@ -1225,13 +1224,16 @@ class Engine:
 def make_kv_cache(config, dtype, device, block_size, num_blocks, most_tokens, utilization):
     """The KV cache of num_blocks blocks, or, for None, of as many as are useful and fit.
 
-    Useful are blocks for most_tokens tokens. On a CPU 1 GiB may be taken, whose pages cost nothing
-    until they are written; on a GPU `utilization` of its memory, less what is in use.
+    Useful are blocks for most_tokens tokens. A GPU has `utilization` of its memory for them, less
+    what is in use; a CPU 1 GiB, or for a given num_blocks all of its memory. There, a block that
+    was never written costs nothing.
     Raises: MemoryError.
     """
     shape = block_size, config.num_key_value_heads, config.head_dim, dtype, device
     block_bytes = kernels.new_kv_cache(config.num_hidden_layers, 1, *shape).nbytes
     memory = 1 << 30
+    if num_blocks and hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device == "cuda":
         free, total = torch.cuda.mem_get_info()
         memory = int(free - total * (1 - utilization))
@@ -1278,7 +1280,7 @@ class LLM:
                 f"at most {longest}, what model and block pool can hold")
         self.engine = Engine(decoder, self.tokenizer, kv_cache, max_num_seqs,
                              max_num_batched_tokens, max_model_len or longest, seed)
-        self.stats = self.engine.stats
+        self.stats = self.engine.stats             # a function: llm.stats()
 
     def generate(self, prompts, sampling_params=None):
         """Complete prompts -> one RequestOutput a prompt, in their order.

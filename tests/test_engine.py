@@ -725,6 +725,8 @@ def test_kv_shares_by_hand(max_tokens, slots, unused, never_used, num_blocks):
     assert stats["computed_tokens"] == 7 + max_tokens - 1
     assert stats["blocks_peak"] == (3 if max_tokens > 2 else 2)
     assert (stats["num_blocks"], stats["block_size"]) == (num_blocks, 4)
+    serve(llm, [([1], greedy_params(1))])              # a smaller request moves no peak
+    assert llm.stats()["blocks_peak"] == stats["blocks_peak"]
 
 
 @pytest.mark.parametrize("settings", [{}, {"num_blocks": tight(4), "max_num_batched_tokens": 7}],

@@ -270,7 +270,7 @@ def test_extreme_logits(options):
             assert (got, logprob) == (token, pytest.approx(0))
 
 
-@pytest.mark.parametrize("temperature", [1e-300, 1e-30, 1e-6, 1e-4])
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 1e-30, 1e-6, 1e-4])
 def test_a_very_small_temperature_is_greedy(temperature):
     """A division by nearly zero: infinities, and NaN of them."""
     logits = row(3.0, 3.1, -20.0, 2.9, 0.0)
