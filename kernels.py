@@ -1,24 +1,27 @@
-"""The paged KV cache on the device: write into it, copy inside it, attend over it (paper 5.1).
+"""What runs on the device: the paged KV cache (paper 5.1), rotary positions, sampling.
 
 One block is `block_size` slots; a slot holds one token's K and V of one layer. The engine hands
-over three maps, and nothing here knows what a request is:
+over these maps, and nothing here knows what a request is:
 
     slot_mapping  (T,)    where each new token's K and V go: block_id * block_size + offset
     block_tables  (S, M)  the blocks of each sequence, in the order of its text
+    context_lens  (S,)    how many tokens each may read, this step's included
     query_start   (S+1,)  sequence s owns rows query_start[s] : query_start[s+1] of the flat batch
 
-Each operation stands here as a `_reference` in plain torch. It runs on any device, is what the
-engine calls on a CPU, and says what the operation *means*.
+Each operation stands here as a `_reference` in plain torch, which says what it *means* and is what
+the engine calls.
 
 Dimension key: T tokens of the flat batch, S sequences, M blocks of a table row, N blocks of the
 pool, B block size, H query heads, K KV heads, D head_dim, L layers.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
 # Queries are attended in runs of at most this many, so the mask of a long prompt stays small:
-# 512 x 8,192 keys are 16 MB as float32, where 8,192 x 8,192 would be 268 MB.
+# 512 x 8,192 keys are 16 MB as float32 (times H / K), where 8,192 x 8,192 would be 268 MB.
 MAX_QUERY_RUN = 512
 
 
@@ -58,7 +61,8 @@ def query_runs(block_tables, context_lens, query_start, block_size):
         end = starts[seq + 1]
         for row in range(starts[seq], end, MAX_QUERY_RUN):
             num_queries = min(MAX_QUERY_RUN, end - row)
-            context = context_len - (end - row - num_queries)   # what the run's last query sees
+            # What the run's last query sees. 5 queries in a context of 9, cut after 2: 9 - 3 = 6.
+            context = context_len - (end - row - num_queries)
             key = num_queries, context.bit_length()
             runs.setdefault(key, []).append((seq, row, context))
     plans = []
@@ -80,8 +84,10 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
                               max_query_len, scale, out=None, runs=None):
     """Causal attention of each sequence's new queries over its own blocks (paper, Eq. 4).
 
-    The last query of sequence s sits at position context_lens[s] - 1. Prefill chunks, decodes
-    and any mix of them are the same call: a decode is a sequence with one query.
+    The meaning, for each sequence and head: gather the K and V of its blocks in the table's order,
+    then softmax(scale * q K^T) V, a query at position p seeing keys 0..p. The last query sits at
+    position context_lens[s] - 1. Prefill chunks, decodes and any mix of them are the same call: a
+    decode is a sequence with one query.
 
     Shapes: q (T, H, D); k_cache, v_cache (N, B, K, D), any strides; block_tables (S, M);
         context_lens (S,), this step's tokens included; query_start (S+1,) -> (T, H, D).
@@ -107,6 +113,25 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
         y = y.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4)                      # (S,Q,K,G,D)
         out[rows] = y.flatten(2, 3)
     return out
+
+
+def rope_frequencies(head_dim, rope):
+    """Radians a position for each of the D/2 rotated pairs (Su et al. 2021) -> (D/2,) float32.
+
+    rope: config.json's rope_theta and rope_type, and the settings of that type.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    frequency = 1.0 / rope["rope_theta"] ** exponent
+    if rope["rope_type"] == "default":
+        return frequency
+    slowed = frequency / rope["factor"]
+    if rope["rope_type"] == "linear":
+        return slowed
+    # LLaMA-3.1: pairs that turn often within the original context stay, slow ones are slowed,
+    # and between the two limits the two are mixed.
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    return torch.lerp(slowed, frequency, ((turns - low) / (high - low)).clamp(0, 1))
 
 
 def rotate_reference(x, cos, sin):
@@ -137,11 +162,11 @@ def uniform_reference(seeds, positions):
 def filtered_probs_reference(logits, temperature, top_p, top_k, min_p):
     """What each row draws from, by temperature, then min-p, top-k and top-p -> (S, V).
 
-    Rows need not sum to 1. Shapes: logits (S, V); temperature, top_p, top_k, min_p (S,).
+    Rows need not sum to 1. Shapes: logits (S, V) float32; the options (S,) float64.
     """
     temperature, top_p, top_k, min_p = (x[:, None] for x in (temperature, top_p, top_k, min_p))
     # 1e-6 stands in for the greedy rows, whose draw is not used
-    probs = (logits / temperature.clamp(min=1e-6)).softmax(-1)
+    probs = (logits / temperature.clamp(min=1e-6).float()).softmax(-1)
     probs[probs < min_p * probs.amax(-1, keepdim=True)] = 0
     if bool(((top_k > 0) | (top_p < 1)).any()):    # only these need the rank of each token
         ranked, token_ids = probs.sort(descending=True)
@@ -156,10 +181,11 @@ def filtered_probs_reference(logits, temperature, top_p, top_k, min_p):
 def sample_reference(logits, temperature, top_p, top_k, min_p, seeds, positions):
     """A token for each row, drawn by its seed and position alone; temperature 0 is greedy -> (S,).
 
-    The token is the one at which the summed probabilities pass a number in [0, 1).
+    The token is the one at which the summed probabilities pass a number in [0, 1). (None does in a
+    row of NaN, from an overflow in float16: it takes the last token and harms no other row.)
     """
     probs = filtered_probs_reference(logits, temperature, top_p, top_k, min_p)
     summed = probs.cumsum(-1, dtype=torch.float64)
     passed = uniform_reference(seeds, positions)[:, None] * summed[:, -1:]
-    drawn = torch.searchsorted(summed, passed, right=True)[:, 0]
+    drawn = torch.searchsorted(summed, passed, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
     return torch.where(temperature > 0, drawn, logits.argmax(-1))

@@ -8,7 +8,7 @@ them out one by one as a text grows, and finds them again through the text's blo
     prompt --> tokenizer --> Sequence               "Four score and seven years ago our"
                                 |                   num_kv = 7, block_table = [7, 1], B = 4
                                 v
-    waiting [..] --> Scheduler.schedule() <-- preempt --> running [..]
+    waiting [..] <-- preempt -- Scheduler.schedule() -- admit --> running [..]
                                 |                        0         1               7
                                 v                   +---------+---------+---   ---------+
                             BlockPool               |         | years   |       Four    |
@@ -24,9 +24,10 @@ them out one by one as a text grows, and finds them again through the text's blo
                                 v
     logits --> sampler --> one more token --> text --> RequestOutput
 
-One Engine.step() is one trip down this figure. The file is in that order and each name is defined
-before it is used, so it reads from the top: 2 config and weights, 3 tokenizer, 4 sequences,
-5 block pool, 6 scheduler, 7 batch, 8 model, 9 sampler, 10 engine, 11 LLM and command line.
+One Engine.step() is one trip from schedule() down. The file is in the order of a request's life and
+each name is defined before it is used, so it reads from the top: 2 config and weights, 3 tokenizer,
+4 sequences, 5 block pool, 6 scheduler, 7 batch, 8 model, 9 sampler, 10 engine, 11 LLM and command
+line. In a hurry: sections 4 to 7 and 10 are PagedAttention; 2 and 3 only read files.
 
 Dimension key: T tokens of the flat batch, S sequences, M blocks of a block-table row, N blocks of
 the pool, B block size (batch is never B), E hidden size, H query heads, K KV heads, D head_dim,
@@ -37,11 +38,13 @@ of them have their K and V in the cache. After a step they differ by one: the to
 is known, and its K and V are computed by the next step. (Prefill is just the case where they
 differ by more, and preemption by recompute sets num_kv back to 0 and keeps the tokens.)
 
-Invariants, asserted by BlockPool.check() and Scheduler.check(), which tests call after each step:
+Invariants. I1, I2, I4 and I7 are asserted by check() of pool and scheduler, which tests call after
+each step; the others hold by construction.
   I1  ref_count[b] is the number of block-table rows that hold b.
   I2  every block is free exactly once, or held: free + held = N.
   I3  a block that is written in a step has ref_count 1.
-  I4  a sequence holds exactly ceil(num_kv / B) blocks.
+  I4  between steps a sequence holds exactly ceil(num_kv / B) blocks. (Inside one also those for the
+      tokens being computed; a step that was interrupted leaves them to the next.)
   I5  a failed operation changes nothing: capacity is checked before the first mutation.
   I6  (prefix cache: not built yet)
   I7  a group is preempted and resumed whole; a request that can never fit is refused when added.
@@ -128,7 +131,9 @@ def reading(path):
         yield
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SafetensorError,
             TemplateError, RuntimeError) as error:
-        raise ValueError(f"{path}: {error if type(error) is ValueError else repr(error)}") from None
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        where = "" if str(error).startswith(str(path)) else f"{path}: "    # said by a file within
+        raise ValueError(f"{where}{kind}{error}") from None
 
 
 def read_json(path):
@@ -137,19 +142,17 @@ def read_json(path):
 
 
 def load_config(folder):
-    """Read config.json as one form for both families -> a namespace with the names of LLaMA's file:
+    """config.json in one form for both families -> a namespace with the names of LLaMA's file.
 
-    vocab_size (V), hidden_size (E), num_hidden_layers (L), num_attention_heads (H),
-    num_key_value_heads (K; H / K query heads share one), head_dim (D; H * D need not be E),
-    intermediate_size (of the MLP), max_position_embeddings (the longest context), rms_norm_eps,
-    tie_word_embeddings (the output matrix is the embedding), attention_bias, mlp_bias, dtype (of
-    the checkpoint), rope, eos_token_id (a list: any ends a text), family ("gpt2" or "llama").
+    In the letters above: vocab_size V, hidden_size E, num_hidden_layers L, num_attention_heads H,
+    num_key_value_heads K, head_dim D (H * D need not be E). Any id of eos_token_id ends a text.
     Raises: ValueError that names file, key, value and what is supported.
     """
     path, generation = folder / "config.json", folder / "generation_config.json"
-    raw = {GPT2_KEYS.get(key, key): v for key, v in read_json(path).items() if v is not None}
-    if generation.is_file():                       # its end-of-text ids count, if it has any
-        raw |= {k: v for k, v in read_json(generation).items() if k == "eos_token_id" and v}
+    raw = {GPT2_KEYS.get(key, key): value for key, value in read_json(path).items()
+           if value is not None or key == "sliding_window"}    # null is not the same as absent
+    if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
+        raw["eos_token_id"] = eos
     with reading(path):
         arch = raw.get("architectures", [None])[0]
         require(arch in FAMILIES, "architecture", arch, " or ".join(FAMILIES))
@@ -158,11 +161,13 @@ def load_config(folder):
              "head_dim": raw["hidden_size"] // raw["num_attention_heads"],
              "intermediate_size": 4 * raw["hidden_size"], "rms_norm_eps": 1e-5 if gpt2 else 1e-6,
              "attention_bias": gpt2, "mlp_bias": gpt2, "eos_token_id": [], "rope_theta": 10000.0,
+             "sliding_window": 4096 if arch == "MistralForCausalLM" else None,
              "dtype": raw.get("torch_dtype", "float32"), **raw, "family": FAMILIES[arch]}
         # transformers 5 writes rope_parameters; before, rope_theta stood beside rope_scaling
         c["rope"] = {"rope_theta": c["rope_theta"],
-                     **raw.get("rope_parameters", raw.get("rope_scaling", {}))}
-        c["rope_type"] = c["rope"].get("rope_type", c["rope"].get("type", "default"))
+                     **(raw.get("rope_parameters") or raw.get("rope_scaling") or {})}
+        kind = c["rope"].get("rope_type", c["rope"].get("type", "default"))
+        c["rope_type"] = c["rope"]["rope_type"] = kind
         if not isinstance(c["eos_token_id"], list):
             c["eos_token_id"] = [c["eos_token_id"]]
         for key, computed in COMPUTED.items():
@@ -229,6 +234,56 @@ def load_tensors(folder, wanted, is_ignored):
                 target[row:row + rows] = file.get_slice(key)[row:row + rows]
 
 
+def _get(url, **headers):
+    headers["Accept-Encoding"] = "identity"        # a Range must count the file's own bytes
+    if token := os.environ.get("HF_TOKEN"):
+        headers["Authorization"] = f"Bearer {token}"
+    try:
+        response = requests.get(url, stream=True, timeout=(10, 60), headers=headers)
+    except requests.RequestException as error:
+        raise requests.ConnectionError(f"cannot reach {url} ({type(error).__name__}; offline?); "
+                                       "give a model's folder, or tiny") from None
+    if not response.ok:
+        raise OSError(f"{url}: the server answered {response.status_code} {response.reason}; check "
+                      "the name, and for a private model set HF_TOKEN")
+    return response
+
+
+def _show_progress(name, done, size):
+    if sys.stderr.isatty():
+        print(f"\r{name:30.30} [{'#' * (30 * done // size):30}] {done / 1e6:,.1f} of "
+              f"{size / 1e6:,.1f} MB", end="\n" * (done >= size), file=sys.stderr, flush=True)
+
+
+def _fetch(url, path, size, checksum, tries=5):
+    """One file: resumed after a cut, renamed into place only when size and checksum are right."""
+    part = path.with_name(f"{path.name}.{checksum[:12]}.part")   # never resumed as another version
+    if path.is_file() and path.stat().st_size == size:           # of a download that did not finish
+        os.replace(path, part)
+    part.touch()
+    while (have := part.stat().st_size) < size and tries:
+        tries -= 1
+        try:
+            with _get(url, Range=f"bytes={have}-") as response, \
+                    open(part, "ab" if response.status_code == 206 else "wb") as file:
+                for chunk in response.iter_content(1 << 16):
+                    file.write(chunk)
+                    _show_progress(path.name, file.tell(), size)
+        except requests.RequestException:
+            time.sleep(0.2)                        # cut: what came is kept, ask for the rest
+    if have < size:
+        raise OSError(f"{url}: cut off at {have} of {size} bytes; run again to resume")
+    # SHA-256 of large files; of small ones git's SHA-1, over a header and the bytes
+    hasher = hashlib.sha256() if len(checksum) == 64 else hashlib.sha1(b"blob %d\0" % size)
+    with open(part, "rb") as file:
+        got = hashlib.file_digest(file, lambda: hasher).hexdigest()
+    if have > size or got != checksum:
+        part.unlink()
+        raise OSError(f"{url}: damaged: {have} bytes with checksum {got[:12]}, expected {size} "
+                      f"with {checksum[:12]}; removed, run again")
+    os.replace(part, path)
+
+
 # What a model needs of a repository. Names are matched whole, so none can leave the folder.
 REPO_FILES = re.compile(r"(generation_|tokenizer_)?config\.json|(tokenizer|vocab)\.json|merges\.txt"
                         r"|tokenizer\.model|chat_template\.jinja"
@@ -262,56 +317,6 @@ def download(repo_id):
             _fetch(url, folder / name, file["size"], checksum)
     receipt.write_text(json.dumps({"repo_id": repo_id, "commit": info["sha"]}))
     return folder
-
-
-def _get(url, **headers):
-    headers["Accept-Encoding"] = "identity"        # a Range must count the file's own bytes
-    if token := os.environ.get("HF_TOKEN"):
-        headers["Authorization"] = f"Bearer {token}"
-    try:
-        response = requests.get(url, stream=True, timeout=(10, 60), headers=headers)
-    except requests.RequestException as error:
-        raise requests.ConnectionError(f"cannot reach {url} ({type(error).__name__}; offline?); "
-                                       "give a model's folder, or tiny") from None
-    if not response.ok:
-        raise OSError(f"{url}: the server answered {response.status_code} {response.reason}; check "
-                      "the name, and for a private model set HF_TOKEN")
-    return response
-
-
-def _fetch(url, path, size, checksum, tries=5):
-    """One file: resumed after a cut, renamed into place only when size and checksum are right."""
-    part = path.with_name(f"{path.name}.{checksum[:12]}.part")   # never resumed as another version
-    if path.is_file() and path.stat().st_size == size:           # of a download that did not finish
-        path.rename(part)
-    part.touch()
-    while (have := part.stat().st_size) < size and tries:
-        tries -= 1
-        try:
-            with _get(url, Range=f"bytes={have}-") as response, \
-                    open(part, "ab" if response.status_code == 206 else "wb") as file:
-                for chunk in response.iter_content(1 << 16):
-                    file.write(chunk)
-                    _show_progress(path.name, file.tell(), size)
-        except requests.RequestException:
-            time.sleep(0.2)                        # cut: what came is kept, ask for the rest
-    if have < size:
-        raise OSError(f"{url}: cut off at {have} of {size} bytes; run again to resume")
-    # SHA-256 of large files; of small ones git's SHA-1, over a header and the bytes
-    hasher = hashlib.sha256() if len(checksum) == 64 else hashlib.sha1(b"blob %d\0" % size)
-    with open(part, "rb") as file:
-        got = hashlib.file_digest(file, lambda: hasher).hexdigest()
-    if have > size or got != checksum:
-        part.unlink()
-        raise OSError(f"{url}: damaged: {have} bytes with checksum {got[:12]}, expected {size} "
-                      f"with {checksum[:12]}; removed, run again")
-    os.replace(part, path)
-
-
-def _show_progress(name, done, size):
-    if sys.stderr.isatty():
-        print(f"\r{name:30.30} [{'#' * (30 * done // size):30}] {done / 1e6:,.1f} of "
-              f"{size / 1e6:,.1f} MB", end="\n" * (done >= size), file=sys.stderr, flush=True)
 
 
 def find_model(model):
@@ -378,6 +383,10 @@ def split_text(pattern, text):
     return [text[a:b] for a, b in itertools.pairwise(ends) if a < b]
 
 
+def _template_error(message):
+    raise TemplateError(message)
+
+
 class Tokenizer:
     """Text to token ids and back, from the files in a model's folder.
 
@@ -429,6 +438,8 @@ class Tokenizer:
         for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
             require(not model.get(key), key, model.get(key), "absent")
         for token in spec.get("added_tokens", []):
+            odd = [key for key in ("lstrip", "rstrip", "single_word") if token.get(key)]
+            require(not odd, f"added token {token['content']}", odd, "without these options")
             (self.special if token["special"] else self.added)[token["content"]] = token["id"]
         merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         normalizer = spec.get("normalizer") or {"normalizers": []}
@@ -556,13 +567,9 @@ class Tokenizer:
         with reading(f"{self.folder}: chat template"):
             if isinstance(source, list):                       # several, by name
                 source = {t["name"]: t["template"] for t in source}.get("default")
-            require(source, "it", source, "there for a chat")
+            require(source, "it", source, "there for --chat; this model has none")
             return env.from_string(source).render(messages=messages, add_generation_prompt=True,
                                                   **special)
-
-
-def _template_error(message):
-    raise TemplateError(message)
 
 
 # ================================================================================================
@@ -578,7 +585,7 @@ class OutOfBlocks(MemoryError):
 
 # Every setting of the API and the command line: (type, lowest, highest), or a list of choices.
 LIMITS = {
-    "n": (int, 1, 1), "temperature": (float, 0, 1e6), "top_p": (float, 1e-6, 1),
+    "temperature": (float, 0, 1e6), "top_p": (float, 1e-6, 1),
     "top_k": (int, -1, 1 << 31), "min_p": (float, 0, 1), "seed": (int, 0, (1 << 63) - 1),
     "max_tokens": (int, 1, 1 << 31), "logprobs": (int, 0, 100), "ignore_eos": [False, True],
     "repetition_penalty": (float, 0.001, 1000), "block_size": [1 << i for i in range(9)],
@@ -592,12 +599,13 @@ LIMITS = {
 def check_limits(settings, optional=()):
     """Raise a ValueError that names the first of {name: value} outside LIMITS."""
     for name, value in settings.items():
-        match LIMITS.get(name):
-            case [type() as kind, low, high] if value is not None or name not in optional:
-                ok = type(value) in (int, kind) and low <= value <= high    # NaN compares false
-                require(ok, name, value, f"{kind.__name__} from {low} to {high}")
-            case list() as choices:
-                require(value in choices, name, value, f"one of {choices}")
+        limits = None if value is None and name in optional else LIMITS.get(name)
+        if isinstance(limits, list):
+            require(value in limits, name, value, f"one of {limits}")
+        elif limits:
+            kind, low, high = limits
+            ok = type(value) in (int, kind) and low <= value <= high        # NaN compares false
+            require(ok, name, value, f"{kind.__name__} from {low} to {high}")
 
 
 @dataclass
@@ -618,6 +626,7 @@ class SamplingParams:
 
     def __post_init__(self):
         check_limits(vars(self), optional=("seed", "logprobs"))
+        require(is_int(self.n, 1, 1), "n", self.n, "1: several texts a prompt are not built yet")
         for name, allowed, is_good in (
                 ("stop", "one or more texts, none empty", lambda s: isinstance(s, str) and s),
                 ("stop_token_ids", "a list of token ids", lambda i: is_int(i, 0))):
@@ -734,7 +743,7 @@ class BlockPool:
         return self.blocks_needed(seq, num_new) + reserve <= self.num_free
 
     def append(self, seq, num_new):
-        """Give `seq` room for the K and V of `num_new` more tokens (keeps I4).
+        """Give `seq` room for the K and V of `num_new` more tokens; num_kv follows after the step.
 
         Raises: OutOfBlocks, and nothing changes (I5).
         """
@@ -788,7 +797,9 @@ class Scheduler:
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.waiting, self.running = deque(), []   # both in order of arrival
         self.num_preemptions = 0
-        self.watermark = pool.num_blocks // 100    # blocks kept for the running ones' next tokens
+        # Kept free at admission for the running ones' next tokens, lest the newcomer be preempted
+        # at once: 1%, as in the paper's code, so none in a pool of less than 100 blocks.
+        self.watermark = pool.num_blocks // 100
 
     def add(self, group):
         self.waiting.append(group)
@@ -796,12 +807,17 @@ class Scheduler:
     def schedule(self):
         """-> [(sequence, number of its tokens to compute), ...], with blocks for them allocated."""
         scheduled, budget, i = [], self.max_num_batched_tokens, 0
+        # The running ones first, as they hold blocks; then, while budget is left, newcomers. Each
+        # running group has one decode at least, and all but the last are done with their prompts,
+        # so the budget that admitted them lasts for all of them in each step.
         while budget and (i < len(self.running) or self._admit()):
             group = self.running[i]
             seq = group.seqs[0]
             num_new = min(seq.num_tokens - seq.num_kv, budget)
             while group.status is Status.RUNNING and not self.pool.can_append(seq, num_new):
-                self._preempt(self.running.pop())  # the latest arrival, which may be `group`
+                # The latest arrival, which may be `group` itself, but none that is scheduled
+                # already. It cannot come back in this step: it needs what it gave, and more.
+                self._preempt(self.running.pop())
             if group.status is Status.RUNNING:
                 self.pool.append(seq, num_new)
                 scheduled.append((seq, num_new))
@@ -867,21 +883,28 @@ class Batch:
 
 
 def make_batch(scheduled, block_size, device):
-    """The flat batch of a step. Rows of sequences that now know all their tokens are sampled."""
-    rows = max(len(seq.block_table) for seq, _ in scheduled)
+    """The flat batch of a step.
+
+    Example (B = 4): a decode at position 5, with table [7, 1], stands after a two-token prefill.
+    query_lens [2, 1], query_start [0, 2, 3], seq_of [0, 0, 1], positions [0, 1, 5]; the last token
+    is in logical block 5 // 4 = 1, physical block 1, slot 1 * 4 + 5 % 4 = 5.
+    """
+    num_columns = max(len(seq.block_table) for seq, _ in scheduled)        # M
     query_lens = torch.tensor([num_new for _, num_new in scheduled])
-    first = torch.tensor([seq.num_kv for seq, _ in scheduled])             # (S,) position of row 0
-    tables = torch.tensor([seq.block_table + [0] * (rows - len(seq.block_table))
+    first = torch.tensor([seq.num_kv for seq, _ in scheduled])             # (S,) first new position
+    tables = torch.tensor([seq.block_table + [0] * (num_columns - len(seq.block_table))
                            for seq, _ in scheduled], dtype=torch.int32)    # (S, M)
     query_start = F.pad(query_lens.cumsum(0), (1, 0))                      # (S+1,)
-    seq_of = torch.repeat_interleave(query_lens)                           # (T,)
+    seq_of = torch.repeat_interleave(query_lens)                           # (T,) whose row it is
     positions = torch.arange(len(seq_of)) - query_start[seq_of] + first[seq_of]
     slots = tables[seq_of, positions // block_size].long() * block_size + positions % block_size
-    ids = itertools.chain.from_iterable(
-        seq.token_ids[seq.num_kv:seq.num_kv + num_new] for seq, num_new in scheduled)
+    ids = [*itertools.chain.from_iterable(
+        seq.token_ids[seq.num_kv:seq.num_kv + num_new] for seq, num_new in scheduled)]
+    assert len(ids) == len(slots), f"{len(ids)} token ids for {len(slots)} slots"
+    # only a sequence whose last known token is computed now gets a new one
     is_last = torch.tensor([seq.num_kv + num_new == seq.num_tokens for seq, num_new in scheduled])
     return Batch(
-        input_ids=torch.tensor(list(ids)).to(device), positions=positions.to(device),
+        input_ids=torch.tensor(ids).to(device), positions=positions.to(device),
         slot_mapping=slots.to(device), block_tables=tables.to(device),
         context_lens=(first + query_lens).int().to(device),
         query_start=query_start.int().to(device), max_query_len=int(query_lens.max()),
@@ -913,22 +936,6 @@ NAMES = {
 }
 # Constants that old checkpoints carry: causal masks and rotary tables.
 BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")
-
-
-def rope_frequencies(config):
-    """Radians a position for each of the D/2 rotated pairs (Su et al. 2021) -> (D/2,) float32."""
-    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
-    frequency = 1.0 / config.rope["rope_theta"] ** exponent
-    if config.rope_type == "default":
-        return frequency
-    slowed = frequency / config.rope["factor"]
-    if config.rope_type == "linear":
-        return slowed
-    # LLaMA-3.1: pairs that turn often within the original context stay, slow ones are slowed,
-    # and between the two limits the two are mixed.
-    turns = config.rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    low, high = config.rope["low_freq_factor"], config.rope["high_freq_factor"]
-    return torch.lerp(slowed, frequency, ((turns - low) / (high - low)).clamp(0, 1))
 
 
 class Linear(nn.Linear):
@@ -994,7 +1001,7 @@ class Decoder(nn.Module):
         self.norm = make_norm(c)
         if not c.tie_word_embeddings:
             self.lm_head = Linear(c.hidden_size, c.vocab_size, False, **c.factory)
-        self.frequencies = rope_frequencies(c).to(c.factory["device"])
+        self.frequencies = kernels.rope_frequencies(c.head_dim, c.rope).to(c.factory["device"])
         require(self.frequencies.isfinite().all().item(), "rope", c.rope, "finite angles")
 
     def forward(self, batch, kv_cache):
@@ -1060,25 +1067,19 @@ def sample(logits, seqs):
 
     The log-probabilities are the model's own, before penalty, temperature and filters.
     """
-    def column(values, dtype):
-        return torch.tensor(list(values), dtype=dtype, device=logits.device)        # (S,)
-
     params, logprobs = [seq.params for seq in seqs], logits.log_softmax(-1)
     for row, seq in enumerate(seqs):
         if (penalty := params[row].repetition_penalty) != 1:
-            seen = column(set(seq.token_ids), torch.long)
+            seen = torch.tensor(sorted(set(seq.token_ids)), device=logits.device)
             score = logits[row, seen]              # multiplying lowers a negative score
             logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
+    tokens = logits.argmax(-1)
     if any(p.temperature for p in params):
-        tokens = kernels.sample_reference(
-            logits, column((p.temperature for p in params), torch.float32),
-            column((p.top_p for p in params), torch.float64),
-            column((p.top_k for p in params), torch.long),
-            column((p.min_p for p in params), torch.float32),
-            column((seq.seed for seq in seqs), torch.long),
-            column((seq.num_tokens for seq in seqs), torch.long))
-    else:
-        tokens = logits.argmax(-1)
+        options = torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in params],
+                               dtype=torch.float64).T                      # (4, S)
+        draws = torch.tensor([(seq.seed, seq.num_tokens) for seq in seqs]).T            # (2, S)
+        tokens = kernels.sample_reference(logits, *options.to(logits.device),
+                                          *draws.to(logits.device))
     chosen, out = logprobs.gather(1, tokens[:, None])[:, 0].tolist(), []
     for row, token in enumerate(tokens.tolist()):
         top = None
@@ -1116,6 +1117,7 @@ class Engine:
         """
         text, vocab_size = prompt if isinstance(prompt, str) else None, self.model.config.vocab_size
         require(isinstance(prompt, str | list | tuple), "prompt", prompt, "a text or token ids")
+        require(isinstance(params, SamplingParams), "params", params, "SamplingParams")
         if text is not None or params.stop:
             require(self.tokenizer, "prompt", prompt,
                     "token ids, and without stop strings: there is no tokenizer")
@@ -1135,8 +1137,7 @@ class Engine:
 
     def abort(self, request_id):
         """Drop a request and free its blocks; False if it was not there (any more)."""
-        group = self.groups.pop(request_id, None)
-        if group:
+        if group := self.groups.pop(request_id, None):
             self.scheduler.finish(group)
         return group is not None
 
@@ -1144,19 +1145,26 @@ class Engine:
         return bool(self.groups)
 
     @torch.inference_mode()
-    def step(self):
-        """Schedule, run the model once, sample -> outputs of the requests that got a token."""
+    def step(self, watch=None):
+        """Schedule, run the model once, sample -> outputs of the requests that got a token.
+
+        watch(engine) is called at the end, while what finishes still holds its blocks.
+        """
         scheduled = self.scheduler.schedule()
         if not scheduled:
             return []
         batch = make_batch(scheduled, self.pool.block_size, self.kv_cache.device)
         seqs = [seq for seq, num_new in scheduled if seq.num_kv + num_new == seq.num_tokens]
         sampled = dict(zip(seqs, sample(self.model(batch, self.kv_cache), seqs), strict=True))
-        for seq, num_new in scheduled:             # from here on nothing can fail: a step that was
-            seq.num_kv += num_new                  # interrupted before is simply done again
+        # Up to here a step that is interrupted is simply done again. From here on tokens come
+        # first: a num_kv that lags behind is made up for, one that leads would be a hole.
         for seq, token in sampled.items():
             self._append_token(seq, *token)
+        for seq, num_new in scheduled:
+            seq.num_kv += num_new
         self._count_slots(scheduled)
+        if watch:
+            watch(self)
         moved = [group for group in self.scheduler.running if group.seqs[0] in sampled]
         for group in moved:
             if all(seq.finish_reason for seq in group.seqs):
@@ -1173,7 +1181,7 @@ class Engine:
         eos_token_ids = () if params.ignore_eos else self.model.config.eos_token_id
         if token_id in eos_token_ids or token_id in params.stop_token_ids:
             seq.finish_reason = "stop"             # this token ends the text, and is no part of it
-        elif num_generated == params.max_tokens or seq.num_tokens == self.max_model_len:
+        elif num_generated >= params.max_tokens or seq.num_tokens == self.max_model_len:
             seq.finish_reason = "length"
         if self.tokenizer:
             new = b"" if seq.finish_reason == "stop" else self.tokenizer.token_bytes(token_id)
@@ -1202,8 +1210,12 @@ class Engine:
                 counts["never_used"] += unused * seq.steps_in_last_block
 
     def stats(self):
-        """Counters since the start. The kv_ shares are of all slots in held blocks, over all steps:
-        reserved slots were used later, internal ones never; external is memory between pieces."""
+        """Counters since the start.
+
+        The kv_ shares are of all slots in held blocks, summed over the steps: internal ones were
+        left empty by a sequence that finished, reserved are all other empty ones, external is
+        memory between pieces.
+        """
         c, slots = self.counts, max(1, self.counts["slots"])
         names = "steps", "computed_tokens", "generated_tokens", "blocks_peak"
         return {**{name: c[name] for name in names},
@@ -1252,7 +1264,8 @@ class LLM:
 
     def __init__(self, model="tiny", device="auto", dtype="auto", block_size=16, num_blocks=None,
                  gpu_memory_utilization=0.9, max_num_seqs=256, max_num_batched_tokens=8192,
-                 max_model_len=None, seed=0, load_format="auto", skip_tokenizer_init=False):
+                 max_model_len=None, seed=0, load_format="auto", skip_tokenizer_init=False,
+                 **unknown):
         """Load a model and set its KV cache aside.
 
         model: "tiny" (shipped), a folder, or a Hugging Face repo id.
@@ -1262,6 +1275,7 @@ class LLM:
         load_format: "dummy" is random weights, for benchmarks.
         Raises: ValueError, FileNotFoundError, OSError, MemoryError with one line each.
         """
+        require(not unknown, "list of unknown settings", sorted(unknown), "empty; see help(LLM)")
         check_limits(locals(), optional=("num_blocks", "max_model_len"))
         cuda = torch.cuda.is_available()
         require(device != "cuda" or cuda, "device", device, "cpu: torch finds no CUDA device here")
@@ -1287,6 +1301,7 @@ class LLM:
 
         prompts: a text, a list of token ids, or a list of either.
         sampling_params: one for all, or a list with one for each.
+        Requests that were queued in the engine run along, but are not returned.
         Raises: ValueError that names what cannot run; then none has run.
         """
         if isinstance(prompts, str) or prompts and isinstance(prompts[0], int):
@@ -1311,9 +1326,9 @@ def draw_blocks(engine):
     """The pool, a letter for each sequence and a dot for a free block; then every block table."""
     pool, owner, lines = engine.pool, {}, []
     seqs = [(group.request_id, seq) for group in engine.scheduler.running for seq in group.seqs]
-    for i, (request_id, seq) in enumerate(seqs):
-        owner |= dict.fromkeys(seq.block_table, letter := chr(ord("a") + i % 26))
-        text = "".join(engine.tokenizer.decode([token_id]) for token_id in seq.token_ids[-8:])
+    for request_id, seq in seqs:
+        owner |= dict.fromkeys(seq.block_table, letter := chr(ord("a") + request_id % 26))
+        text = engine.tokenizer.decode(seq.token_ids[-8:])
         table = ".. " * (len(seq.block_table) > 12) + " ".join(map(str, seq.block_table[-12:]))
         lines.append(f"  {letter}: request {request_id}, {seq.num_tokens} tokens, {seq.num_kv} "
                      f"cached in block {table}  {text!r}")
@@ -1321,7 +1336,8 @@ def draw_blocks(engine):
         blocks = range(64 * row, min(64 * row + 64, pool.num_blocks))
         lines.append(f"  {64 * row:6} " + "".join(owner.get(block_id, ".") for block_id in blocks))
     head = (f"step {engine.counts['steps']}: {len(seqs)} running, {len(engine.scheduler.waiting)} "
-            f"waiting, {len(owner)} of {pool.num_blocks} blocks held")
+            f"waiting, {engine.scheduler.num_preemptions} preempted, {len(owner)} of "
+            f"{pool.num_blocks} blocks held")
     return "\n".join([head, *lines])
 
 
@@ -1351,6 +1367,7 @@ class CommandLine(argparse.ArgumentParser):
     --repetition-penalty X
                           above 1: repeat less (1)
     --stop TEXT           end before this text (repeatable)
+    --stop-token-ids N    end at this token (repeatable)
     --ignore-eos          go on past the model's end of text
     --logprobs N          with --json: log-probabilities of the top N tokens
     --seed N              same seed, same texts (0)
@@ -1377,13 +1394,13 @@ class CommandLine(argparse.ArgumentParser):
     def __init__(self):
         super().__init__("nanopaged.py", usage="nanopaged.py --prompt TEXT [--help] [options]",
                          allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        # The docstring above is the help, and each of its lines that begins with -- an option.
+        # The docstring above is the help, and declares the options: N is an integer, X a number.
         for option, operand, text in re.findall(r"^ +(--\S+) ?([A-Z]*)(.*)", self.__doc__, re.M):
-            kind = LIMITS.get(option[2:].replace("-", "_"), [str])[0]
+            kind = {"N": int, "X": float}.get(operand, str)
             if operand and "repeatable" in text:
-                self.add_argument(option, action="append", default=[])
+                self.add_argument(option, action="append", type=kind, default=[])
             elif operand:
-                self.add_argument(option, type=kind if isinstance(kind, type) else type(kind))
+                self.add_argument(option, type=kind)
             elif option != "--help":
                 self.add_argument(option, action="store_true", default=False)
         self.set_defaults(max_tokens=64, temperature=0.8, prompts_file=None)
@@ -1394,20 +1411,22 @@ class CommandLine(argparse.ArgumentParser):
 
 def read_text(path):
     data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    return data.decode("utf-8", "replace")
+    return data.decode("utf-8-sig", "replace").replace("\r\n", "\n")
 
 
 def write_outputs(engine, request_ids, args):
     """Run the engine; stream the texts in the order of `request_ids`, each ended by a newline."""
+    def draw(engine):
+        print(draw_blocks(engine), file=sys.stderr)
+
     outputs, written = {}, 0
     while request_ids:
-        outputs |= {output.request_id: output for output in engine.step()}
-        if args.show_blocks:
-            print(draw_blocks(engine), file=sys.stderr)
+        moved = engine.step(draw if args.show_blocks else None)
+        outputs |= {output.request_id: output for output in moved}
         while request_ids and (output := outputs.get(request_ids[0])):
+            if not output.finished and (args.json or args.show_blocks):
+                break                              # no half lines, and none among the drawings
             text = json.dumps(asdict(output)) if args.json else output.outputs[0].text
-            if (args.json or args.show_blocks) and not output.finished:
-                text = ""                          # half a line, or a line among the drawings
             print(text[written:], end="\n" * output.finished, flush=True)
             written = len(text)
             if not output.finished:
@@ -1419,7 +1438,7 @@ def run(args):
     """The command line's work -> exit status."""
     prompts = [read_text(prompt) if prompt == "-" else prompt for prompt in args.prompt]
     if args.prompts_file is not None:
-        prompts += [line for line in read_text(args.prompts_file).splitlines() if line.strip()]
+        prompts += [line for line in read_text(args.prompts_file).split("\n") if line.strip()]
     require(prompts, "number of prompts", 0, "1 or more: --prompt TEXT or --prompts-file FILE")
     settings, request_ids, status = vars(args), [], 0
     params = SamplingParams(**{k: v for k, v in settings.items()     # --seed is the engine's
@@ -1456,7 +1475,7 @@ def main(argv=None):
     except BrokenPipeError:                        # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:    # torch's own, too
         print("nanopaged:", " ".join(str(error).split()), file=sys.stderr)
         return 2 if isinstance(error, ValueError | FileNotFoundError | OutOfBlocks) else 1
 

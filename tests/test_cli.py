@@ -81,9 +81,9 @@ def test_text_streams(reciter, monkeypatch):
         def write(self, text):
             events.extend([text] if text else [])
 
-    def recorded_step(engine):
+    def recorded_step(*arguments):
         events.append(None)
-        return step(engine)
+        return step(*arguments)
 
     monkeypatch.setattr(Engine, "step", recorded_step)
     monkeypatch.setattr(sys, "stdout", Stdout())
@@ -200,14 +200,16 @@ SEVEN_TEXT = TOKENIZER.decode((PROMPT_IDS + TEXT_IDS)[7:12])
 
 
 def test_show_blocks_draws_on_stderr(reciter, cli):
-    """A drawing that shows the step before, counts the token without K and V, or is on stdout."""
+    """A drawing that shows the step before, counts the token without K and V, or is on stdout; or
+    one that comes after the last step has given its blocks back, and so never shows them."""
     status, out, err = cli("--model", reciter, *TINY_POOL, "--show-blocks")
     assert (status, out) == (0, SEVEN_TEXT + "\n")
-    assert re.findall(r"(\d+) of 8 blocks held", err) == ["2", "2", "3", "3", "0"]
-    assert re.findall(r"(\d+) running, (\d+) waiting", err) == [("1", "0")] * 4 + [("0", "0")]
+    assert re.findall(r"(\d+) of 8 blocks held", err) == ["2", "2", "3", "3", "3"]
+    assert re.findall(r"(\d+) running, (\d+) waiting", err) == [("1", "0")] * 5
     assert re.findall(r"(\d+) tokens, (\d+) cached in block ([\d ]*\d)", err) == [
-        ("8", "7", "0 1"), ("9", "8", "0 1"), ("10", "9", "0 1 2"), ("11", "10", "0 1 2")]
-    assert re.findall(r"^ +0 ([a.]+)$", err, re.M) == ["aa......"] * 2 + ["aaa....."] * 2
+        ("8", "7", "0 1"), ("9", "8", "0 1"), ("10", "9", "0 1 2"), ("11", "10", "0 1 2"),
+        ("12", "11", "0 1 2")]
+    assert re.findall(r"^ +0 ([a.]+)$", err, re.M) == ["aa......"] * 2 + ["aaa....."] * 3
 
 
 def test_show_blocks_shows_who_waits(reciter, cli):
@@ -215,9 +217,9 @@ def test_show_blocks_shows_who_waits(reciter, cli):
     pool = [*TINY_POOL[:-1], 4]
     status, out, err = cli("--model", reciter, *pool, *TINY_POOL[:2], "--show-blocks")
     assert (status, out) == (0, f"{SEVEN_TEXT}\n" * 2)
-    states = re.findall(r"(\d+) running, (\d+) waiting, (\d+) of 4", err)
-    assert states[:3] == [("2", "0", "4"), ("2", "0", "4"), ("1", "1", "3")]
-    assert states[-1] == ("0", "0", "0")
+    states = re.findall(r"(\d+) running, (\d+) waiting, (\d+) preempted, (\d+) of 4", err)
+    assert states[:3] == [("2", "0", "0", "4"), ("2", "0", "0", "4"), ("1", "1", "1", "3")]
+    assert states[-1] == ("1", "0", "1", "3")
 
 
 def figures(err):
@@ -474,3 +476,9 @@ def test_a_terminal_gets_the_report(reciter):
     os.close(terminal)
     assert (process.returncode, out) == (2, TEXT + "\n")
     assert "prompt 2" in shown and "tokens/s" in shown
+
+
+def test_stop_token_ids(reciter, cli):
+    """The option is there and does nothing, or is taken for text."""
+    status, out, _ = cli("--model", reciter, "--prompt", PROMPT, "--stop-token-ids", TEXT_IDS[2])
+    assert (status, out) == (0, TOKENIZER.decode(TEXT_IDS[:2]) + "\n")

@@ -21,7 +21,7 @@ from helpers import (
 from safetensors import safe_open
 
 import nanopaged
-from nanopaged import LLM, SamplingParams
+from nanopaged import LLM, Engine, SamplingParams
 
 MODEL = "llama_gqa_tied"                               # 131 tokens, 128 positions
 PROMPTS, GREEDY = golden(MODEL)                        # of 1, 7, 16 and 33 tokens; 24 more of each
@@ -755,3 +755,31 @@ def test_memory_is_not_wasted():
     llm = golden_llm(MODEL, block_size=4, num_blocks=100)
     serve(llm, [(prompt, greedy_params()) for prompt in PROMPTS])
     assert llm.stats()["kv_tokens"] > 0.9
+
+
+def test_params_of_another_type_are_refused(llm):
+    """A dict of options that is accepted, and fails in the middle of other people's texts."""
+    for params in (None, {"temperature": 0}, 5):
+        with pytest.raises(ValueError, match="params"):
+            llm.engine.add_request([1], params)
+    assert_nothing_left(llm)
+
+
+def test_settings_that_are_not_there_are_refused():
+    """`LLM(enable_prefix_caching=True)`: accepted and dropped, as long as it is not built."""
+    with pytest.raises(ValueError, match="swap_blocks"):
+        golden_llm(MODEL, swap_blocks=4)
+
+
+@pytest.mark.parametrize("at", range(1, 9))
+def test_a_step_that_failed_while_tokens_were_added(at, llm, monkeypatch):
+    """Ctrl-C between the tokens of a step: a sequence with nothing left to compute stops all."""
+    ids = [llm.engine.add_request(prompt, greedy_params()) for prompt in PROMPTS]
+    with monkeypatch.context() as patch:
+        append = Interrupt(Engine._append_token, at)
+        patch.setattr(Engine, "_append_token", lambda *args: append(*args))
+        with pytest.raises(KeyboardInterrupt):
+            run_checked(llm.engine)
+    outputs = run_checked(llm.engine)
+    assert [token_ids(outputs[i]) for i in ids] == GREEDY
+    assert_nothing_left(llm)

@@ -355,3 +355,13 @@ def test_logprobs_only_where_asked():
     seqs = [make_seq(1, SamplingParams(logprobs=num), 0) for num in (None, 2, None, 0)]
     tops = [top for _, _, top in sample(row(*LOGITS).repeat(4, 1), seqs)]
     assert tops[0] is None and tops[2] is None and len(tops[3]) == 1 and 2 <= len(tops[1]) <= 3
+
+
+def test_a_row_of_nan_harms_no_other():
+    """An overflow in one request's float16 ends in an index error, and takes all others down."""
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(5))
+    seqs = [make_seq(4, SamplingParams(temperature=0.8), i) for i in range(3)]
+    alone = [token for token, _, _ in sample(logits.clone(), seqs)]
+    logits[1] = math.nan
+    beside = [token for token, _, _ in sample(logits.clone(), seqs)]
+    assert beside[::2] == alone[::2] and 0 <= beside[1] < 50

@@ -122,7 +122,7 @@ def test_dummy_weights_need_no_file(tmp_path):
 
 @pytest.mark.parametrize("config, expected", [
     ({"eos_token_id": 7}, [7]), ({"eos_token_id": [7, 9]}, [7, 9]), ({}, [2]),
-    ({"eos_token_id": None}, [2])])
+    ({"eos_token_id": None}, [2]), ({"eos_token_id": 0}, [0])])
 def test_end_of_text_ids_come_from_generation_config_first(config, expected, tmp_path):
     """A chat model's second end-of-text id, named only in generation_config.json, is missed."""
     folder = copy_model("mistral", tmp_path)
@@ -349,6 +349,13 @@ def test_a_value_that_is_not_computed_is_refused(key, value, named, tmp_path):
     edit_json(folder / "config.json", **{key: value})
     message = refusal(folder)
     assert named in message and str(folder / "config.json") in message, message
+
+
+def test_a_mistral_whose_window_is_not_named_has_one(tmp_path):
+    """transformers takes 4096 where the key is absent; full attention would be another text."""
+    folder = copy_model("mistral", tmp_path)
+    edit_json(folder / "config.json", drop=["sliding_window"])
+    assert "sliding_window" in refusal(folder)
 
 
 def test_unsupported_rope_names_the_supported_ones(tmp_path):
