@@ -1126,9 +1126,9 @@ class Engine:
         for token_id in (*token_ids, *params.stop_token_ids):
             require(is_int(token_id, 0, vocab_size - 1), "token id", token_id,
                     f"an integer from 0 to {vocab_size - 1}")
-        slots = self.pool.num_blocks * self.pool.block_size
         require(len(token_ids) < self.max_model_len, "number of prompt tokens", len(token_ids),
-                f"below {self.max_model_len} (max_model_len, where the pool has {slots} slots)")
+                f"below {self.max_model_len} (max_model_len, or all of the pool's "
+                f"{self.pool.num_blocks} blocks); shorten it, or raise num_blocks")
         seed = self.seeds.getrandbits(62) if params.seed is None else params.seed
         group = SequenceGroup(next(self.request_ids), text, [Sequence(token_ids, params, seed)])
         self.groups[group.request_id] = group
