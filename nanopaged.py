@@ -585,12 +585,12 @@ class OutOfBlocks(MemoryError):
 
 # Every setting of the API and the command line: (type, lowest, highest), or a list of choices.
 LIMITS = {
-    "temperature": (float, 0, 1e6), "top_p": (float, 1e-6, 1),
-    "top_k": (int, -1, 1 << 31), "min_p": (float, 0, 1), "seed": (int, 0, (1 << 63) - 1),
-    "max_tokens": (int, 1, 1 << 31), "logprobs": (int, 0, 100), "ignore_eos": [False, True],
-    "repetition_penalty": (float, 0.001, 1000), "block_size": [1 << i for i in range(9)],
-    "num_blocks": (int, 1, 1 << 31), "max_num_seqs": (int, 1, 1 << 20),
-    "max_num_batched_tokens": (int, 1, 1 << 31), "max_model_len": (int, 2, 1 << 31),
+    "temperature": (float, 0, 1e6), "top_p": (float, 1e-6, 1), "min_p": (float, 0, 1),
+    "top_k": (int, -1, 1 << 31), "repetition_penalty": (float, 0.001, 1000),
+    "seed": (int, 0, (1 << 63) - 1), "logprobs": (int, 0, 100), "ignore_eos": [False, True],
+    "max_tokens": (int, 1, 1 << 31), "max_model_len": (int, 2, 1 << 31),
+    "num_blocks": (int, 1, 1 << 31), "block_size": [1 << i for i in range(9)],
+    "max_num_seqs": (int, 1, 1 << 20), "max_num_batched_tokens": (int, 1, 1 << 31),
     "gpu_memory_utilization": (float, 0.01, 1), "device": ["auto", "cpu", "cuda"],
     "dtype": ["auto", *DTYPES], "load_format": ["auto", "dummy"],
 }
@@ -627,13 +627,12 @@ class SamplingParams:
     def __post_init__(self):
         check_limits(vars(self), optional=("seed", "logprobs"))
         require(is_int(self.n, 1, 1), "n", self.n, "1: several texts a prompt are not built yet")
-        for name, allowed, is_good in (
+        for name, allowed, ok in (
                 ("stop", "one or more texts, none empty", lambda s: isinstance(s, str) and s),
                 ("stop_token_ids", "a list of token ids", lambda i: is_int(i, 0))):
             given = getattr(self, name)
             items = [] if given is None else [given] if isinstance(given, str) else given
-            require(isinstance(items, list | tuple) and all(map(is_good, items)), name, given,
-                    allowed)
+            require(isinstance(items, list | tuple) and all(map(ok, items)), name, given, allowed)
             setattr(self, name, list(items))
 
 
@@ -872,6 +871,7 @@ class Scheduler:
 
 @dataclass
 class Batch:
+    """One step's tokens, and the maps that say whose they are and where their K and V go."""
     input_ids: torch.Tensor         # (T,)
     positions: torch.Tensor         # (T,) place of each token in its own text
     slot_mapping: torch.Tensor      # (T,) block_id * B + offset: where its K and V go
@@ -1073,13 +1073,14 @@ def sample(logits, seqs):
             seen = torch.tensor(sorted(set(seq.token_ids)), device=logits.device)
             score = logits[row, seen]              # multiplying lowers a negative score
             logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
-    tokens = logits.argmax(-1)
     if any(p.temperature for p in params):
         options = torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in params],
                                dtype=torch.float64).T                      # (4, S)
         draws = torch.tensor([(seq.seed, seq.num_tokens) for seq in seqs]).T            # (2, S)
         tokens = kernels.sample_reference(logits, *options.to(logits.device),
                                           *draws.to(logits.device))
+    else:
+        tokens = logits.argmax(-1)
     chosen, out = logprobs.gather(1, tokens[:, None])[:, 0].tolist(), []
     for row, token in enumerate(tokens.tolist()):
         top = None
@@ -1420,12 +1421,12 @@ def write_outputs(engine, request_ids, args):
         print(draw_blocks(engine), file=sys.stderr)
 
     outputs, written = {}, 0
+    stream = not (args.json or args.show_blocks)   # no half lines, and none among the drawings
     while request_ids:
         moved = engine.step(draw if args.show_blocks else None)
         outputs |= {output.request_id: output for output in moved}
-        while request_ids and (output := outputs.get(request_ids[0])):
-            if not output.finished and (args.json or args.show_blocks):
-                break                              # no half lines, and none among the drawings
+        while (request_ids and (output := outputs.get(request_ids[0]))
+               and (stream or output.finished)):
             text = json.dumps(asdict(output)) if args.json else output.outputs[0].text
             print(text[written:], end="\n" * output.finished, flush=True)
             written = len(text)
