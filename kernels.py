@@ -1,4 +1,4 @@
-"""What runs on the device: the paged KV cache (paper 5.1), rotary positions, sampling.
+"""What runs on the device: batch and paged KV cache (paper 5.1), rotary positions, sampling.
 
 One block is `block_size` slots; a slot holds one token's K and V of one layer. The engine hands
 over these maps, and nothing here knows what a request is:
@@ -16,6 +16,8 @@ pool, B block size, H query heads, K KV heads, D head_dim, L layers.
 """
 
 import math
+import os
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +37,62 @@ def new_kv_cache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dty
     return torch.empty(shape, dtype=dtype, device=device)
 
 
+def fit_kv_cache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, device, *,
+                 most_blocks=0, utilization=1.0, pin=False):
+    """new_kv_cache of num_blocks blocks or, for None, of as many as are useful and fit.
+
+    Useful are most_blocks. A GPU has `utilization` of its memory for them, less what is in use; a
+    CPU 1 GiB, or for a given num_blocks all of its memory. There, a block that was never written
+    costs nothing; unless it is pinned, for fast copies to and from a GPU.
+    Raises: MemoryError.
+    """
+    shape, memory = (block_size, num_kv_heads, head_dim, dtype, device), 1 << 30
+    block_bytes = new_kv_cache(num_layers, 1, *shape).nbytes
+    if num_blocks and hasattr(os, "sysconf"):
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if device == "cuda":
+        free, total = torch.cuda.mem_get_info()
+        memory = int(free - total * (1 - utilization))
+    if num_blocks is None:
+        num_blocks = max(1, min(memory // block_bytes, most_blocks))
+    if num_blocks * block_bytes > memory:
+        raise MemoryError(f"{num_blocks} KV blocks take {num_blocks * block_bytes:,} bytes, where "
+                          f"{device} has {memory:,}; lower num_blocks, swap_blocks or block_size")
+    kv_cache = new_kv_cache(num_layers, num_blocks, *shape)
+    return kv_cache.pin_memory() if pin and num_blocks else kv_cache
+
+
+def flat_batch(rows, block_size, device):
+    """One step's tokens one after the other, and the maps that say whose and where they are.
+
+    rows: for each sequence (new token ids, position of the first, block table, whether the logits
+    of its last token are wanted).
+    """
+    batch = SimpleNamespace(
+        input_ids=[],         # (T,)
+        positions=[],         # (T,) place of each token in its own text
+        slot_mapping=[],      # (T,) block_id * B + offset: where its K and V go
+        last_rows=[],         # rows whose logits are wanted
+        block_tables=[],      # (S, M) int32, padded with 0
+        context_lens=[],      # (S,) int32, this step's tokens included
+        query_start=[0])      # (S+1,) int32: row of each sequence's first token, and T
+    num_columns = max(len(table) for _, _, table, _ in rows)               # M
+    for token_ids, first, table, is_wanted in rows:
+        new = range(first, first + len(token_ids))
+        batch.input_ids += token_ids
+        batch.positions += new
+        batch.slot_mapping += [table[i // block_size] * block_size + i % block_size for i in new]
+        batch.block_tables.append(table + [0] * (num_columns - len(table)))
+        batch.context_lens.append(new.stop)
+        batch.query_start.append(len(batch.input_ids))
+        batch.last_rows += [len(batch.input_ids) - 1] * is_wanted
+    for i, (name, values) in enumerate(vars(batch).items()):
+        dtype = torch.int64 if i < 4 else torch.int32
+        setattr(batch, name, torch.tensor(values, dtype=dtype, device=device))
+    batch.max_query_len = max(len(token_ids) for token_ids, *_ in rows)
+    return batch
+
+
 def write_kv_reference(k, v, k_cache, v_cache, slot_mapping):
     """Store the K and V of T tokens in their slots.
 
@@ -44,6 +102,16 @@ def write_kv_reference(k, v, k_cache, v_cache, slot_mapping):
     where = slot_mapping // block_size, slot_mapping % block_size
     k_cache.index_put_(where, k)
     v_cache.index_put_(where, v)
+
+
+def copy_blocks_reference(source, target, pairs):
+    """Copy blocks of one cache to blocks of another, or of the same, in all layers (paper 5.1).
+
+    Shapes: source, target (L, 2, N, B, K, D); pairs (P, 2) int64: from, to. Within one cache no
+        block is both. Copy-on-write, swap out and swap in are this one operation.
+    """
+    here, there = pairs.T
+    target[:, :, there] = source[:, :, here].to(target.device)
 
 
 def query_runs(block_tables, context_lens, query_start, block_size):
@@ -178,14 +246,60 @@ def filtered_probs_reference(logits, temperature, top_p, top_k, min_p):
     return probs
 
 
+def penalize_reference(logits, row, token_ids, penalty):
+    """Make the tokens that a row's text has already less likely, in place; each of them once.
+
+    Shapes: logits (S, V).
+    """
+    if penalty != 1:
+        seen = torch.tensor(token_ids, device=logits.device)
+        score = logits[row, seen]                  # multiplying lowers a negative score
+        logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
+
+
 def sample_reference(logits, temperature, top_p, top_k, min_p, seeds, positions):
     """A token for each row, drawn by its seed and position alone; temperature 0 is greedy -> (S,).
 
     The token is the one at which the summed probabilities pass a number in [0, 1). (None does in a
     row of NaN, from an overflow in float16: it takes the last token and harms no other row.)
     """
+    if not temperature.any():
+        return logits.argmax(-1)
     probs = filtered_probs_reference(logits, temperature, top_p, top_k, min_p)
     summed = probs.cumsum(-1, dtype=torch.float64)
     passed = uniform_reference(seeds, positions)[:, None] * summed[:, -1:]
     drawn = torch.searchsorted(summed, passed, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
     return torch.where(temperature > 0, drawn, logits.argmax(-1))
+
+
+def top_logprobs_reference(logprobs, row, token_id, num):
+    """The row's chosen token and its `num` likeliest -> {token_id: logprob}, or None for num None.
+
+    Shapes: logprobs (S, V). Each row by itself: where values tie, topk of another num, or a batch,
+    may pick others.
+    """
+    if num is None:
+        return None
+    token_ids = [token_id, *logprobs[row].topk(min(num, logprobs.shape[1])).indices.tolist()]
+    return dict(zip(token_ids, logprobs[row, token_ids].tolist(), strict=True))
+
+
+def sample_rows(logits, options, seeds, texts):
+    """One token for each row -> [(token_id, logprob, {token_id: logprob} or None), ...].
+
+    options: for each row (temperature, top_p, top_k, min_p, repetition_penalty, number of top
+    log-probabilities or None); seeds; texts: the token ids so far, whose number is the position
+    drawn. The log-probabilities are the model's own, before penalty, temperature and filters.
+    """
+    logprobs = logits.log_softmax(-1)
+    for row, (option, token_ids) in enumerate(zip(options, texts, strict=True)):
+        penalize_reference(logits, row, token_ids, option[4])
+    # the views keep their columns when S is 0, in a step that ends nobody's prompt
+    numbers = torch.tensor([option[:4] for option in options], dtype=torch.float64)
+    draws = torch.tensor([*zip(seeds, map(len, texts), strict=True)])
+    tokens = sample_reference(logits, *numbers.view(-1, 4).T.to(logits.device),
+                              *draws.view(-1, 2).T.to(logits.device))
+    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+    rows = enumerate(zip(tokens.tolist(), chosen.tolist(), options, strict=True))
+    return [(token, logprob, top_logprobs_reference(logprobs, row, token, option[5]))
+            for row, (token, logprob, option) in rows]

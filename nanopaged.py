@@ -13,8 +13,8 @@ them out one by one as a text grows, and finds them again through the text's blo
                                 v                   +---------+---------+---   ---------+
                             BlockPool               |         | years   |       Four    |
                             free list,              |  free   | ago     |  ..   score   |
-                            ref counts              |         | our     |       and     |
-                                |                   |         | (free)  |       seven   |
+                            ref counts,             |         | our     |       and     |
+                            prefix cache            |         | (free)  |       seven   |
                                 v                   +---------+---------+---   ---------+
     flat batch of T tokens: input_ids, positions, slot_mapping, block_tables
                                 |
@@ -38,36 +38,37 @@ of them have their K and V in the cache. After a step they differ by one: the to
 is known, and its K and V are computed by the next step. (Prefill is just the case where they
 differ by more, and preemption by recompute sets num_kv back to 0 and keeps the tokens.)
 
-Invariants. I1, I2, I4 and I7 are asserted by check() of pool and scheduler, which tests call after
-each step; the others hold by construction.
+Invariants. I1, I2, I4, I6 and I7 are asserted by check() of pool and scheduler, which tests call
+after each step; the others hold by construction.
   I1  ref_count[b] is the number of block-table rows that hold b.
   I2  every block is free exactly once, or held: free + held = N.
   I3  a block that is written in a step has ref_count 1.
   I4  between steps a sequence holds exactly ceil(num_kv / B) blocks. (Inside one also those for the
       tokens being computed; a step that was interrupted leaves them to the next.)
   I5  a failed operation changes nothing: capacity is checked before the first mutation.
-  I6  (prefix cache: not built yet)
+  I6  a cached block is found by exact tokens, its own and all before them, and only after its K and
+      V were computed; at least one token of a prompt is always computed.
   I7  a group is preempted and resumed whole; a request that can never fit is refused when added.
 """
 
 import argparse
 import base64
 import codecs
+import copy
 import functools
 import hashlib
 import inspect
 import itertools
 import json
-import math
 import os
 import random
 import re
 import sys
 import time
 import warnings
-from collections import Counter, deque
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections import Counter, OrderedDict, deque
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -96,22 +97,26 @@ with warnings.catch_warnings():    # torch mentions that numpy, which nothing he
 # ================================================================================================
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DEVICES = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
 FAMILIES = {"GPT2LMHeadModel": "gpt2", "LlamaForCausalLM": "llama", "MistralForCausalLM": "llama"}
 
-# GPT-2's names in config.json, and LLaMA's for the same.
-GPT2_KEYS = {"n_embd": "hidden_size", "n_head": "num_attention_heads",
-             "n_layer": "num_hidden_layers", "n_inner": "intermediate_size",
-             "n_positions": "max_position_embeddings", "layer_norm_epsilon": "rms_norm_eps"}
-SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim",
-         "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
+# What config.json's settings are also called: by GPT-2's files, and by older ones.
+RENAMED = {"n_embd": "hidden_size", "n_head": "num_attention_heads", "n_layer": "num_hidden_layers",
+           "n_inner": "intermediate_size", "n_positions": "max_position_embeddings",
+           "layer_norm_epsilon": "rms_norm_eps", "torch_dtype": "dtype"}
+SIZES = ("vocab_size", "num_key_value_heads", "head_dim", *RENAMED.values())
+# What this decoder computes: (type, lowest, highest), or a list of choices. None is not given; of
+# the names above, dtype and rms_norm_eps are no sizes.
+COMPUTED = dict.fromkeys(SIZES, (int, 1, 1 << 31)) | {"dtype": [*DTYPES],
+    "activation_function": [None, "gelu_new", "gelu_pytorch_tanh"], "hidden_act": [None, "silu"],
+    "sliding_window": [None], "quantization_config": [None], "scale_attn_weights": [None, True],
+    "scale_attn_by_inverse_layer_idx": [None, False], "rope_theta": (float, 1, 1e12),
+    "rms_norm_eps": (float, 1e-12, 1), "rope_type": ["default", "linear", "llama3"]}
 
-# Settings that would change the arithmetic, with the values that this decoder computes.
-COMPUTED = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "hidden_act": ("silu",),
-    "sliding_window": (None,), "quantization_config": (None,), "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,), "rope_type": ("default", "linear", "llama3"),
-    "dtype": tuple(DTYPES),
-}
+# What we say where there are no weights, or other ones.
+WEIGHTS = "model*.safetensors, as a pickle (.bin) can run code when it is opened"
+# What files hold beside the weights: a tied model's second copy, causal masks, rotary tables.
+IGNORED = re.compile(r"lm_head\.weight|h\.\d+\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")
 
 
 def require(ok, name, value, allowed):
@@ -120,8 +125,14 @@ def require(ok, name, value, allowed):
         raise ValueError(f"{name} is {value!r}; it must be {allowed}")
 
 
-def is_int(value, low, high=math.inf):
-    return type(value) is int and low <= value <= high
+def check(name, value, limits):
+    """Require a value of a list of choices, or one within (type, lowest, highest)."""
+    if isinstance(limits, list):
+        require(value in limits, name, value, f"one of {limits}")
+    else:
+        kind, low, high = limits
+        ok = type(value) in (int, kind) and low <= value <= high            # NaN compares false
+        require(ok, name, value, f"{kind.__name__} from {low} to {high}")
 
 
 @contextmanager
@@ -132,8 +143,7 @@ def reading(path):
     except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError, SafetensorError,
             TemplateError, RuntimeError) as error:
         kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        where = "" if str(error).startswith(str(path)) else f"{path}: "    # said by a file within
-        raise ValueError(f"{where}{kind}{error}") from None
+        raise ValueError(f"{path}: {kind}" + str(error).removeprefix(f"{path}: ")) from None
 
 
 def read_json(path):
@@ -149,180 +159,139 @@ def load_config(folder):
     Raises: ValueError that names file, key, value and what is supported.
     """
     path, generation = folder / "config.json", folder / "generation_config.json"
-    raw = {GPT2_KEYS.get(key, key): value for key, value in read_json(path).items()
+    raw = {RENAMED.get(key, key): value for key, value in read_json(path).items()
            if value is not None or key == "sliding_window"}    # null is not the same as absent
-    if generation.is_file() and (eos := read_json(generation).get("eos_token_id")) is not None:
-        raw["eos_token_id"] = eos
+    eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    eos = raw.get("eos_token_id", []) if eos is None else eos
     with reading(path):
         arch = raw.get("architectures", [None])[0]
         require(arch in FAMILIES, "architecture", arch, " or ".join(FAMILIES))
         gpt2 = FAMILIES[arch] == "gpt2"
-        c = {"num_key_value_heads": raw["num_attention_heads"], "tie_word_embeddings": gpt2,
-             "head_dim": raw["hidden_size"] // raw["num_attention_heads"],
-             "intermediate_size": 4 * raw["hidden_size"], "rms_norm_eps": 1e-5 if gpt2 else 1e-6,
-             "attention_bias": gpt2, "mlp_bias": gpt2, "eos_token_id": [], "rope_theta": 10000.0,
-             "sliding_window": 4096 if arch == "MistralForCausalLM" else None,
-             "dtype": raw.get("torch_dtype", "float32"), **raw, "family": FAMILIES[arch]}
         # transformers 5 writes rope_parameters; before, rope_theta stood beside rope_scaling
-        c["rope"] = {"rope_theta": c["rope_theta"],
-                     **(raw.get("rope_parameters") or raw.get("rope_scaling") or {})}
-        kind = c["rope"].get("rope_type", c["rope"].get("type", "default"))
-        c["rope_type"] = c["rope"]["rope_type"] = kind
-        if not isinstance(c["eos_token_id"], list):
-            c["eos_token_id"] = [c["eos_token_id"]]
-        for key, computed in COMPUTED.items():
-            require(c.get(key, computed[0]) in computed, key, c.get(key), f"one of {computed}")
-        for key in SIZES:
-            require(is_int(c[key], 1), key, c[key], "a positive integer")
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        c = {"num_key_value_heads": raw["num_attention_heads"], "tie_word_embeddings": gpt2,
+             "head_dim": raw["hidden_size"] // raw["num_attention_heads"], "attention_bias": gpt2,
+             "intermediate_size": 4 * raw["hidden_size"], "mlp_bias": gpt2, "dtype": "float32",
+             "rms_norm_eps": 1e-5 if gpt2 else 1e-6, "rope_type": rope.get("type", "default"),
+             "sliding_window": 4096 if arch == "MistralForCausalLM" else None,
+             "rope_theta": 10000.0, **raw, **rope, "family": FAMILIES[arch],
+             "eos_token_id": eos if isinstance(eos, list) else [eos]}
+        for name, limits in COMPUTED.items():
+            check(name, c.get(name), limits)
         for token_id in c["eos_token_id"]:
-            require(is_int(token_id, 0), "eos_token_id", token_id, "a token id, or a list of them")
-        require(c["rms_norm_eps"] > 0, "rms_norm_eps", c["rms_norm_eps"], "above 0")
+            check("eos_token_id", token_id, (int, 0, 1 << 31))
         require(c["num_attention_heads"] % c["num_key_value_heads"] == 0, "num_key_value_heads",
                 c["num_key_value_heads"], f"a divisor of {c['num_attention_heads']} query heads")
         require(c["head_dim"] % 2 == 0, "head_dim", c["head_dim"], "even")
         return SimpleNamespace(**c)
 
 
-def checkpoint_files(folder):
-    """The safetensors files of a folder: the shards that the index names, or the single file."""
-    index, names = folder / "model.safetensors.index.json", {"model.safetensors"}
-    if index.is_file():
-        with reading(index):
-            names = {str(name) for name in read_json(index)["weight_map"].values()}
-    for name in sorted(names):
-        require(Path(name).name == name, f"{index}: file", name, "a plain name in the same folder")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder}: {name} is missing; only safetensors are read, as a "
-                                    "pickle (.bin) can run code when it is opened")
-    return [folder / name for name in sorted(names)]
+def load_tensors(folder, wanted):
+    """Fill `wanted`, {name: tensor}, from the folder's safetensors: one file, or an index's shards.
 
-
-def find_tensors(folder, wanted, is_ignored):
-    """Where each of `wanted`, {name: tensor of the right shape}, is -> {name: (file, key in it)}.
-
-    Raises: ValueError that names tensor, file and shapes if one is missing, unexpected or of
-        another shape. Only the files' headers are read.
-    """
-    places, files = {}, checkpoint_files(folder)
-    for path in files:
-        with reading(path), safe_open(path, "pt") as file:
-            for key in file.keys():
-                name = key.removeprefix("transformer.")
-                shape = tuple(file.get_slice(key).get_shape())
-                if not is_ignored(name):
-                    require(name in wanted and name not in places, f"tensor {key} {shape}",
-                            "unexpected", "one that such a model has, and only once")
-                    require(shape == wanted[name].shape, f"shape of {key}", shape,
-                            f"{tuple(wanted[name].shape)} by config.json")
-                    places[name] = path, key
-    for name in wanted.keys() - places.keys():
-        raise ValueError(f"{folder}: tensor {name} {tuple(wanted[name].shape)} is missing in "
-                         f"{', '.join(path.name for path in files)}")
-    return places
-
-
-def load_tensors(folder, wanted, is_ignored):
-    """Fill `wanted` from the folder's safetensors; dtype, device and layout are its tensors' own.
-
+    Dtype, device and layout are those of the tensors in `wanted`. Nothing is filled before all
+    names and shapes were found right in the files' headers.
+    Raises: FileNotFoundError, or ValueError that names file, tensor and shapes if one is missing,
+        unexpected or of another shape.
     Cost: files are mapped, not read, and each mapping is dropped after about 4 MB, so that beside
     the destination the host holds no second copy, not even of one large embedding.
     """
-    for name, (path, key) in find_tensors(folder, wanted, is_ignored).items():
-        target = wanted[name]
+    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
+    if index.is_file():
+        with reading(index):
+            files = {*read_json(index)["weight_map"].values()}
+    for name in sorted(files - {*os.listdir(folder)}, key=str):    # such as "../x" of a bad index
+        raise FileNotFoundError(f"{folder}: {name} is missing; the weights must be {WEIGHTS}")
+    found, missing = [], {name: tuple(tensor.shape) for name, tensor in wanted.items()}
+    for path in [folder / name for name in sorted(files)]:
+        with reading(path), safe_open(path, "pt") as file:
+            for key in file.keys():
+                name = key.removeprefix("transformer.")
+                if name in wanted or not IGNORED.fullmatch(name):
+                    shape = tuple(file.get_slice(key).get_shape())
+                    allowed = missing.pop(name, "absent, or not there twice,")
+                    require(shape == allowed, f"tensor {key}", shape, f"{allowed} by config.json")
+                    found.append((path, key, wanted[name]))
+    for name, shape in missing.items():
+        raise ValueError(f"{folder}: tensor {name} {shape} is missing in model.safetensors")
+    for path, key, target in found:
         for row in range(0, len(target), rows := 1 + (1 << 22) // target[0].nbytes):
             with safe_open(path, "pt") as file:
                 target[row:row + rows] = file.get_slice(key)[row:row + rows]
 
 
-def _get(url, **headers):
-    headers["Accept-Encoding"] = "identity"        # a Range must count the file's own bytes
-    if token := os.environ.get("HF_TOKEN"):
-        headers["Authorization"] = f"Bearer {token}"
+def _get(url, byte_range=None):
+    token = os.environ.get("HF_TOKEN")
+    headers = {"Authorization": f"Bearer {token}" if token else None,      # None is not sent
+               "Accept-Encoding": "identity", "Range": byte_range}    # counts bytes of the file
     try:
         response = requests.get(url, stream=True, timeout=(10, 60), headers=headers)
+        response.raise_for_status()
+        return response
     except requests.RequestException as error:
-        raise requests.ConnectionError(f"cannot reach {url} ({type(error).__name__}; offline?); "
-                                       "give a model's folder, or tiny") from None
-    if not response.ok:
-        raise OSError(f"{url}: the server answered {response.status_code} {response.reason}; check "
-                      "the name, and for a private model set HF_TOKEN")
-    return response
+        raise OSError(f"{url}: {getattr(error.response, 'status_code', type(error).__name__)}; "
+                      "check the name and HF_TOKEN; if you are offline, give a folder") from None
 
 
-def _show_progress(name, done, size):
-    if sys.stderr.isatty():
-        print(f"\r{name:30.30} [{'#' * (30 * done // size):30}] {done / 1e6:,.1f} of "
-              f"{size / 1e6:,.1f} MB", end="\n" * (done >= size), file=sys.stderr, flush=True)
-
-
-def _fetch(url, path, size, checksum, tries=5):
-    """One file: resumed after a cut, renamed into place only when size and checksum are right."""
-    part = path.with_name(f"{path.name}.{checksum[:12]}.part")   # never resumed as another version
-    if path.is_file() and path.stat().st_size == size:           # of a download that did not finish
-        os.replace(path, part)
-    part.touch()
-    while (have := part.stat().st_size) < size and tries:
-        tries -= 1
-        try:
-            with _get(url, Range=f"bytes={have}-") as response, \
-                    open(part, "ab" if response.status_code == 206 else "wb") as file:
-                for chunk in response.iter_content(1 << 16):
-                    file.write(chunk)
-                    _show_progress(path.name, file.tell(), size)
-        except requests.RequestException:
-            time.sleep(0.2)                        # cut: what came is kept, ask for the rest
-    if have < size:
-        raise OSError(f"{url}: cut off at {have} of {size} bytes; run again to resume")
+def _fetch(url, path, size, checksum):
+    """Make one file whole: resumed where it was cut off, and begun anew where it is damaged."""
     # SHA-256 of large files; of small ones git's SHA-1, over a header and the bytes
     hasher = hashlib.sha256() if len(checksum) == 64 else hashlib.sha1(b"blob %d\0" % size)
-    with open(part, "rb") as file:
-        got = hashlib.file_digest(file, lambda: hasher).hexdigest()
-    if have > size or got != checksum:
-        part.unlink()
-        raise OSError(f"{url}: damaged: {have} bytes with checksum {got[:12]}, expected {size} "
-                      f"with {checksum[:12]}; removed, run again")
-    os.replace(part, path)
+    for _ in range(5):
+        with open(path, "a+b") as file:            # at its end: what came before is kept
+            if (have := file.tell()) < size:
+                with suppress(requests.RequestException), _get(url, f"bytes={have}-") as response:
+                    file.truncate(have if response.status_code == 206 else 0)
+                    for chunk in response.iter_content(1 << 16):
+                        file.write(chunk)
+                        if sys.stderr.isatty():
+                            bar = "#" * (40 * file.tell() // size)
+                            print(f"\r[{bar:40}] {path.name}", end="\n" * (len(bar) >= 40),
+                                  file=sys.stderr, flush=True)
+            have = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            if have == size and hashlib.file_digest(file, hasher.copy).hexdigest() == checksum:
+                return
+            file.truncate(have if have < size else 0)
+        time.sleep(0.2)
+    raise OSError(f"{url}: cut off at {have} of {size} bytes, or damaged; run again to resume")
 
 
-# What a model needs of a repository. Names are matched whole, so none can leave the folder.
-REPO_FILES = re.compile(r"(generation_|tokenizer_)?config\.json|(tokenizer|vocab)\.json|merges\.txt"
-                        r"|tokenizer\.model|chat_template\.jinja"
-                        r"|model[\w.-]*\.safetensors(\.index\.json)?")
+# Settings, tokenizers and weights of a repository, whatever else it holds. Names are matched
+# whole, so none can leave the folder.
+REPO_FILES = re.compile(r"[\w-]+\.(json|txt|jinja|model)|model[\w.-]*\.safetensors(\.index\.json)?")
 
 
 def download(repo_id):
     """The folder of a Hugging Face repository, downloaded on first use.
 
-    HF_ENDPOINT and HF_TOKEN are honoured; NANOPAGED_CACHE names another cache folder. A finished
-    repository is used without asking the network again.
+    HF_ENDPOINT and HF_TOKEN are honoured; NANOPAGED_CACHE names another cache folder. A folder
+    gets its name when all of it is there; it is then used without asking the network again.
     Raises: OSError with one line: offline, no such repository, no permission, damaged file.
     """
     cache = Path(os.environ.get("NANOPAGED_CACHE") or "~/.cache/nanopaged").expanduser()
     folder = cache / repo_id.replace("/", "--")
-    receipt = folder / "downloaded.json"           # written last: the rest is whole
-    if receipt.is_file():
+    if folder.is_dir():
         return folder
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     listing = f"{endpoint}/api/models/{repo_id}/revision/main?blobs=true"
     with reading(listing):
         info = _get(listing).json()
-        files = {file["rfilename"]: file for file in info["siblings"]
-                 if REPO_FILES.fullmatch(file["rfilename"])}
-        require(any(name.endswith(".safetensors") for name in files), "list of weights", [],
-                "model*.safetensors: a pickle (.bin) can run code when it is opened")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, file in files.items():
+        files = [file for file in info["siblings"] if REPO_FILES.fullmatch(file["rfilename"])]
+        require(any("safetensors" in f["rfilename"] for f in files), "list of weights", [], WEIGHTS)
+        part = folder.with_name(f"{folder.name}.{info['sha']}.part")     # no mix of two versions
+        part.mkdir(parents=True, exist_ok=True)
+        for file in files:
+            url = f"{endpoint}/{repo_id}/resolve/{info['sha']}/{file['rfilename']}"
             checksum = (file.get("lfs") or {}).get("sha256") or file["blobId"]
-            url = f"{endpoint}/{repo_id}/resolve/{info['sha']}/{name}"
-            _fetch(url, folder / name, file["size"], checksum)
-    receipt.write_text(json.dumps({"repo_id": repo_id, "commit": info["sha"]}))
-    return folder
+            _fetch(url, part / file["rfilename"], file["size"], checksum)
+    return part.rename(folder)
 
 
 def find_model(model):
     """The folder for `model`: "tiny" (shipped), a folder, or a Hugging Face repo id."""
-    here = Path(__file__).resolve().parent
-    folder = here / "tutorial" / "tiny" if model == "tiny" else Path(model).expanduser()
+    tiny = Path(__file__).resolve().parent / "tutorial" / "tiny"
+    folder = tiny if model == "tiny" else Path(model).expanduser()
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(model)):
         folder = download(str(model))
     if not (folder / "config.json").is_file():
@@ -335,9 +304,10 @@ def find_model(model):
 # 3. Tokenizer
 #    in: text      out: token ids, and back, byte by byte
 #
-#    Byte-level BPE (GPT-2, LLaMA-3, SmolLM2) is tiktoken, with the ranks and the split pattern of
-#    the model's own files. LLaMA-2's BPE has no split, and spells unknown characters as bytes
-#    (<0xE2>): that cannot be said in tiktoken, so its merge loop stands here.
+#    BPE is tiktoken's, with tokens from the model's own files. It starts from single bytes, and of
+#    all neighbours that make a token it joins those that make the one of lowest rank, until none
+#    do. So every kind of file is brought to one form: the bytes of each token, in the order of
+#    merging. Text is split into words before; nothing is joined across their ends.
 # ================================================================================================
 
 # GPT-2's split (Radford et al. 2019): contractions, words with one leading space, numbers, other
@@ -351,40 +321,31 @@ LLAMA3_SPECIAL = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_
                   "<|end_header_id|>": 7, "<|eom_id|>": 8, "<|eot_id|>": 9, "<|python_tag|>": 10}
 
 # Byte-level files spell each byte as one printable character: printable bytes as themselves, the
-# other 68 as the characters from 256 on, in order. {character: byte}
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-BYTE_OF = {chr(b): b for b in PRINTABLE}
-BYTE_OF |= {chr(256 + i): b for i, b in enumerate(sorted({*range(256)} - {*PRINTABLE}))}
+# other 68 as the characters from 256 on, in order. {byte: character}, and back
+CHAR_OF = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
+CHAR_OF |= {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - CHAR_OF.keys()))}
+BYTE_OF = {char: b for b, char in CHAR_OF.items()}
 
 
-def bpe_merge(symbols, rank):
-    """Merge the neighbouring pair of lowest rank, everywhere, until no pair has a rank.
-
-    symbols: tuple of str; rank: {(left, right): int}.
-    Example: bpe_merge(("a", "a", "a", "b"), {("a", "a"): 0, ("aa", "a"): 1}) -> ["aaa", "b"]
-    """
-    symbols = list(symbols)
-    while len(symbols) > 1:
-        pair = min(itertools.pairwise(symbols), key=lambda pair: rank.get(pair, math.inf))
-        if pair not in rank:
-            break
-        merged, i = [], 0
-        while i < len(symbols):
-            width = 2 if tuple(symbols[i:i + 2]) == pair else 1
-            merged.append("".join(symbols[i:i + width]))
-            i += width
-        symbols = merged
-    return symbols
+def split_text(text, patterns):
+    """The matches of the first pattern and what lies between, each split by the other patterns."""
+    if not patterns:
+        return [text]
+    ends = [0, *(at for m in regex.finditer(patterns[0], text) for at in m.span()), len(text)]
+    return [piece for a, b in itertools.pairwise(ends) if a < b
+            for piece in split_text(text[a:b], patterns[1:])]
 
 
-def split_text(pattern, text):
-    """The matches of a pattern, and what lies between them."""
-    ends = [0, *(at for match in regex.finditer(pattern, text) for at in match.span()), len(text)]
-    return [text[a:b] for a, b in itertools.pairwise(ends) if a < b]
-
-
-def _template_error(message):
-    raise TemplateError(message)
+def split_pattern(part):
+    """The pattern of one step of a tokenizer.json with byte-level BPE; None: it splits nothing."""
+    match part:
+        case {"type": "Digits", "individual_digits": True}:
+            return r"\p{N}"
+        case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}}:
+            return pattern
+        case {"type": "ByteLevel", "add_prefix_space": False}:
+            return GPT2_SPLIT if part.get("use_regex", True) else None
+    require(False, "normalizer or pre_tokenizer", part, "Digits, Split or ByteLevel")
 
 
 class Tokenizer:
@@ -399,8 +360,7 @@ class Tokenizer:
         self.special = {}        # {text: id}: no text of a user's stands for one of these
         self.added = {}          # {text: id} of added ordinary tokens, matched before all else
         self.prefix = []         # ids put before each text, such as a beginning-of-text token
-        self.bytes_of = {}       # {id: the bytes it adds to a text}; special tokens have none
-        self.first_space = ""    # a space that decode() drops: LLaMA-2 begins each text with one
+        self.first_space = None  # LLaMA-2's kind puts a space before: never, first, always, each
         readers = {"tokenizer.json": self._read_spec, "tokenizer.model": self._read_tiktoken,
                    "vocab.json": self._read_gpt2}
         present = [name for name in readers if (folder / name).is_file()]
@@ -408,27 +368,23 @@ class Tokenizer:
             raise FileNotFoundError(f"{folder}: no tokenizer there; needs {' or '.join(readers)}")
         with reading(folder / present[0]):
             readers[present[0]](folder / present[0])
-        self.bytes_of |= {i: text.encode() for text, i in self.added.items()}
-        self.bytes_of |= dict.fromkeys(self.special.values(), b"")
 
     def _read_gpt2(self, path):
         """GPT-2's own files: vocab.json, and merges.txt with a heading line."""
         vocab = read_json(path)
-        merges = path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")[1:]
+        merges = path.with_name("merges.txt").read_text(encoding="utf-8").splitlines()[1:]
         self.special = {"<|endoftext|>": vocab["<|endoftext|>"]}
-        self._use_merges(vocab, [merge.split(" ") for merge in merges if merge], [GPT2_SPLIT])
+        self._use_model({"vocab": vocab, "merges": merges}, [GPT2_SPLIT])
 
     def _read_tiktoken(self, path):
         """LLaMA-3's tokenizer.model: one token a line, base64 and rank, which is its id."""
-        lines = path.read_bytes().splitlines()
-        require(all(re.fullmatch(rb"\S+ \d+", line) for line in lines), "format", "SentencePiece?",
-                "tiktoken's; put the model's tokenizer.json beside it")
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, lines)}
-        require([*ranks.values()] == [*range(len(lines))] and len(ranks) >= 256, "list of ranks",
-                f"broken ({len(ranks)} tokens)", "0, 1, 2, ... to the last token")
-        self.special = {text: len(ranks) + offset for text, offset in LLAMA3_SPECIAL.items()}
+        data = path.read_bytes().split()                       # token, rank, token, rank, ...
+        require(data[1::2] == [b"%d" % i for i in range(max(256, len(data[::2])))], "format",
+                "SentencePiece's, or broken", "tiktoken's; else put tokenizer.json beside it")
+        vocab = {"".join(map(CHAR_OF.get, base64.b64decode(t))): i for i, t in enumerate(data[::2])}
+        self.special = {text: len(data) // 2 + at for text, at in LLAMA3_SPECIAL.items()}
         self.prefix = [self.special["<|begin_of_text|>"]]
-        self._use_ranks(ranks, [*ranks.values()], [LLAMA3_SPLIT])
+        self._use_model({"vocab": vocab, "merges": [], "ignore_merges": True}, [LLAMA3_SPLIT])
 
     def _read_spec(self, path):
         """tokenizer.json of the tokenizers library."""
@@ -441,106 +397,75 @@ class Tokenizer:
             odd = [key for key in ("lstrip", "rstrip", "single_word") if token.get(key)]
             require(not odd, f"added token {token['content']}", odd, "without these options")
             (self.special if token["special"] else self.added)[token["content"]] = token["id"]
-        merges = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
         normalizer = spec.get("normalizer") or {"normalizers": []}
-        steps = [part["type"] for part in normalizer.get("normalizers", [normalizer])]
+        steps = [*normalizer.get("normalizers", [normalizer]),
+                 *pre_tokenizer.get("pretokenizers", [pre_tokenizer])]
         if model.get("byte_fallback"):
-            steps += [pre_tokenizer["type"]] if pre_tokenizer else []
+            kind = " ".join(step["type"] for step in steps if step)
             schemes = {"Prepend Replace": "each", "Replace": "never",
                        "Metaspace": pre_tokenizer.get("prepend_scheme", "always")}
-            require(" ".join(steps) in schemes and not pre_tokenizer.get("split"), "normalization",
-                    " ".join(steps), f"one of {[*schemes]}, without split")
-            self._use_byte_fallback(model["vocab"], merges, schemes[" ".join(steps)])
-        else:
-            require(not steps, "normalizer", steps, "null with byte-level BPE")
-            self._use_merges(model["vocab"], merges, self._split_patterns(pre_tokenizer),
-                             model.get("ignore_merges"))
+            require(kind in schemes and not pre_tokenizer.get("split"), "normalization", kind,
+                    f"one of {[*schemes]}, without split")
+            self.first_space, steps = schemes[kind], []
+        self._use_model(model, [*filter(None, map(split_pattern, steps))])
         processor = spec.get("post_processor") or {}
         for part in processor.get("processors", [processor]):
             if part.get("type") == "TemplateProcessing":       # such as <s> before every text
-                require("Sequence" in part["single"][-1], "template", part["single"],
-                        "one that ends with the text")
-                names = [p["SpecialToken"]["id"] for p in part["single"][:-1]]
-                self.prefix = [i for name in names for i in part["special_tokens"][name]["ids"]]
+                *before, last = part["single"]
+                require("Sequence" in last, "end of the template", last, "the text")
+                self.prefix = [(self.special | self.added)[p["SpecialToken"]["id"]] for p in before]
 
-    def _split_patterns(self, pre_tokenizer):
-        """The split patterns of byte-level BPE, each applied to the pieces of the one before."""
-        patterns = []
-        for part in pre_tokenizer.get("pretokenizers", [pre_tokenizer]):
-            match part:
-                case {"type": "Digits", "individual_digits": True}:
-                    patterns.append(r"\p{N}")
-                case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}}:
-                    patterns.append(pattern)
-                case {"type": "ByteLevel", "add_prefix_space": False}:
-                    patterns += [GPT2_SPLIT] if part.get("use_regex", True) else []
-                case _:
-                    require(False, "pre_tokenizer", part, "Digits, Split or ByteLevel")
-        return patterns
+    def _use_model(self, model, patterns):
+        """Have tiktoken merge as the model does, within the words that the patterns split off.
 
-    def _use_merges(self, vocab, merges, patterns, ignore_merges=False):
-        """Ranks of our own: the bytes, then the merges in their order.
-
-        tiktoken takes a piece that is a token as a whole; "ignore_merges" asks for just that, so
-        tokens that no merge makes get a rank too.
+        model: vocab, merges and flags, named as in tokenizer.json. patterns: each splits the pieces
+        of the one before. A byte without a token is dropped, as by the tokenizers library.
         """
-        made = [left + right for left, right in merges] + [*vocab] * bool(ignore_merges)
-        tokens = [t for t in dict.fromkeys([*BYTE_OF, *made]) if BYTE_OF.keys() >= {*t}]
-        ranks = {bytes(BYTE_OF[c] for c in token): rank for rank, token in enumerate(tokens)}
-        self._use_ranks(ranks, [vocab.get(token) for token in tokens], patterns)
+        vocab, self.patterns = model["vocab"], patterns
+        if model.get("byte_fallback"):          # LLaMA-2's kind: ▁ is a space, <0xE2> a byte
+            spelled = {token: token.replace("▁", " ").encode() for token in vocab}
+            spelled |= {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
+        else:                                   # a token with other characters is an added one
+            spelled = {t: bytes(map(BYTE_OF.get, t)) for t in vocab if BYTE_OF.keys() >= {*t}}
+        # {id: the bytes it adds to a text}; special tokens have none
+        self.bytes_of = {vocab[t]: data for t, data in spelled.items() if t not in self.special}
+        self.bytes_of |= {i: text.encode() for text, i in self.added.items()}
 
-    def _use_ranks(self, ranks, ids, patterns):
-        """tiktoken, which merges by rank. ids[rank] is the model's id; None: it lacks that byte."""
-        self.bytes_of = dict(zip(ids, ranks, strict=True))
-        # The splits are made here: tiktoken knows one pattern, and panics at 1 MB of white space.
-        whole = "(?s:.+)"
-        encoding = tiktoken.Encoding("", pat_str=whole, mergeable_ranks=ranks, special_tokens={})
-
-        def encode(text, at_start):
-            pieces = [text]
-            for pattern in patterns:
-                pieces = [p for piece in pieces for p in split_text(pattern, piece)]
-            return [ids[rank] for piece in pieces for rank in encoding.encode_ordinary(piece)
-                    if ids[rank] is not None]      # dropped, as by the tokenizers library
-
-        self._encode_ordinary = encode
-
-    def _use_byte_fallback(self, vocab, merges, scheme):
-        """LLaMA-2, TinyLlama, Mistral: ▁ is a space, an unknown character becomes its bytes."""
-        rank = {(left, right): i for i, (left, right) in enumerate(merges)}
-        for token, i in vocab.items():
-            byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
-            self.bytes_of[i] = bytes.fromhex(byte[1]) if byte else token.replace("▁", " ").encode()
-        self.first_space = " " * (scheme != "never")
-        # Words can be merged apart, and remembered, as no token has a ▁ after another character.
-        words = re.compile("▁*[^▁]*" if not any("▁" in t.lstrip("▁") for t in vocab) else "(?s:.+)")
-
-        @functools.lru_cache(1 << 16)
-        def encode_word(word):
-            symbols = [s for c in word
-                       for s in ([c] if c in vocab else [f"<0x{b:02X}>" for b in c.encode()])]
-            return [vocab[symbol] for symbol in bpe_merge(symbols, rank)]
-
-        def encode(text, at_start):
-            text = text.replace(" ", "▁")
-            if scheme == "each" or text[0] != "▁" and (
-                    scheme == "always" or scheme == "first" and at_start):
-                text = "▁" + text
-            return [i for word in words.findall(text) for i in encode_word(word)]
-
-        self._encode_ordinary = encode
+        byte_ids = {data[0]: vocab[t] for t, data in spelled.items() if len(data) == 1}
+        pairs = [m.split(" ") if isinstance(m, str) else m for m in model["merges"]]
+        # tiktoken takes a piece that is a token as a whole. "ignore_merges" asks for just that, so
+        # tokens that no merge makes get a rank too.
+        made = [a + b for a, b in pairs] + [*spelled] * bool(model.get("ignore_merges"))
+        # LLaMA-2's merges start from characters, tiktoken's from bytes. So the lowest ranks make
+        # characters, E2 + 82 + AC; a start, E2 82, that finds no end becomes the ids of its bytes.
+        chars = [t for t in spelled if len(t) == 1]
+        starts = [bytes([b]) for b in range(256)] + [spelled[t][:n] for t in chars for n in (2, 3)]
+        ids_of = {start: [byte_ids[b] for b in start if b in byte_ids] for start in starts}
+        ids_of |= {spelled[t]: [vocab[t]] for t in chars + made}
+        self.ids_of_rank = [*ids_of.values()]
+        ranks = {data: rank for rank, data in enumerate(ids_of)}
+        # It shall not split itself: it knows one pattern, and panics at 1 MB of white space.
+        self.bpe = tiktoken.Encoding("", pat_str="(?s).+", mergeable_ranks=ranks, special_tokens={})
 
     def encode(self, text, allowed_special=False, add_special_tokens=True):
         """Token ids of a text; "<|endoftext|>" in it is plain text unless allowed_special."""
         known = self.added | (self.special if allowed_special else {})
         text = text.encode("utf-8", "replace").decode()        # a lone surrogate becomes "?"
-        longest_first = sorted(known, key=len, reverse=True)   # one token may start another
-        pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if known else [text]
+        # Sorted backwards, a token comes after those that it starts. "(?!)" matches nothing.
+        pattern = "|".join(map(regex.escape, sorted(known, reverse=True))) or "(?!)"
         ids = list(self.prefix) if add_special_tokens else []
-        for i, piece in enumerate(pieces):                     # odd pieces are the matches
-            if piece:
-                ids += [known[piece]] if i % 2 else self._encode_ordinary(piece, at_start=i == 0)
+        for i, piece in enumerate(split_text(text, [pattern])):
+            ids += [known[piece]] if piece in known else self._encode_ordinary(piece, i == 0)
         return ids
+
+    def _encode_ordinary(self, text, at_start):
+        """Ids of a text without special or added tokens; at_start: it follows none of them."""
+        text = text.replace("▁", " ") if self.first_space else text
+        bare = text[0] != " "
+        if {"each": True, "always": bare, "first": bare and at_start}.get(self.first_space):
+            text = " " + text
+        return [i for piece in split_text(text, self.patterns)
+                for rank in self.bpe.encode_ordinary(piece) for i in self.ids_of_rank[rank]]
 
     def token_bytes(self, token_id):
         """The bytes that a token adds to a text: none for a special or an unused one."""
@@ -549,7 +474,7 @@ class Tokenizer:
     def decode(self, ids):
         """The text of token ids; special tokens are left out, broken UTF-8 becomes U+FFFD."""
         text = b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
-        return text.removeprefix(self.first_space)
+        return text.removeprefix(" ") if self.first_space not in (None, "never") else text
 
     def render_chat(self, messages):
         """The prompt for [{"role": ..., "content": ...}], by the model's own chat template.
@@ -561,15 +486,15 @@ class Tokenizer:
         source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
         env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                             extensions=["jinja2.ext.loopcontrols"])
-        env.globals |= {"raise_exception": _template_error, "strftime_now": time.strftime}
-        special = {k: v["content"] if isinstance(v, dict) else v
-                   for k, v in config.items() if k.endswith("_token") and v}
+        refuse = functools.partial(require, False, "messages", allowed="as the template wants them")
+        env.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
+        env.globals |= {key: token["content"] if isinstance(token, dict) else token
+                        for key, token in config.items() if key.endswith("_token") and token}
         with reading(f"{self.folder}: chat template"):
             if isinstance(source, list):                       # several, by name
                 source = {t["name"]: t["template"] for t in source}.get("default")
             require(source, "it", source, "there for --chat; this model has none")
-            return env.from_string(source).render(messages=messages, add_generation_prompt=True,
-                                                  **special)
+            return env.from_string(source).render(messages=messages, add_generation_prompt=True)
 
 
 # ================================================================================================
@@ -585,33 +510,30 @@ class OutOfBlocks(MemoryError):
 
 # Every setting of the API and the command line: (type, lowest, highest), or a list of choices.
 LIMITS = {
+    **dict.fromkeys(("n", "beam_width", "max_tokens", "num_blocks", "max_num_seqs",
+                     "max_num_batched_tokens"), (int, 1, 1 << 31)),
+    **dict.fromkeys(("ignore_eos", "enable_prefix_caching"), [False, True]),
     "temperature": (float, 0, 1e6), "top_p": (float, 1e-6, 1), "min_p": (float, 0, 1),
     "top_k": (int, -1, 1 << 31), "repetition_penalty": (float, 0.001, 1000),
-    "seed": (int, 0, (1 << 63) - 1), "logprobs": (int, 0, 100), "ignore_eos": [False, True],
-    "max_tokens": (int, 1, 1 << 31), "max_model_len": (int, 2, 1 << 31),
-    "num_blocks": (int, 1, 1 << 31), "block_size": [1 << i for i in range(9)],
-    "max_num_seqs": (int, 1, 1 << 20), "max_num_batched_tokens": (int, 1, 1 << 31),
-    "gpu_memory_utilization": (float, 0.01, 1), "device": ["auto", "cpu", "cuda"],
-    "dtype": ["auto", *DTYPES], "load_format": ["auto", "dummy"],
+    "seed": (int, 0, (1 << 63) - 1), "logprobs": (int, 0, 100), "max_model_len": (int, 2, 1 << 31),
+    "length_penalty": (float, -100, 100), "early_stopping": [False, True, "never"],
+    "block_size": [1 << i for i in range(9)], "gpu_memory_utilization": (float, 0.01, 1),
+    "swap_blocks": (int, 0, 1 << 31), "preemption": ["auto", "recompute", "swap"],
+    "device": ["auto", *DEVICES], "dtype": ["auto", *DTYPES], "load_format": ["auto", "dummy"],
 }
 
 
 def check_limits(settings, optional=()):
     """Raise a ValueError that names the first of {name: value} outside LIMITS."""
     for name, value in settings.items():
-        limits = None if value is None and name in optional else LIMITS.get(name)
-        if isinstance(limits, list):
-            require(value in limits, name, value, f"one of {limits}")
-        elif limits:
-            kind, low, high = limits
-            ok = type(value) in (int, kind) and low <= value <= high        # NaN compares false
-            require(ok, name, value, f"{kind.__name__} from {low} to {high}")
+        if name in LIMITS and (value is not None or name not in optional):
+            check(name, value, LIMITS[name])
 
 
 @dataclass
 class SamplingParams:
     """How one request turns logits into tokens, and when it ends. Wrong values raise ValueError."""
-    n: int = 1                            # texts a prompt; more than one is not built yet
+    n: int = 1                            # texts a prompt; text i is drawn with seed + i
     temperature: float = 1.0              # 0 is greedy: always the likeliest token
     top_p: float = 1.0                    # keep the likeliest tokens that sum to this probability
     top_k: int = 0                        # keep the k likeliest tokens; 0 or -1 keeps all
@@ -626,14 +548,31 @@ class SamplingParams:
 
     def __post_init__(self):
         check_limits(vars(self), optional=("seed", "logprobs"))
-        require(is_int(self.n, 1, 1), "n", self.n, "1: several texts a prompt are not built yet")
-        for name, allowed, ok in (
-                ("stop", "one or more texts, none empty", lambda s: isinstance(s, str) and s),
-                ("stop_token_ids", "a list of token ids", lambda i: is_int(i, 0))):
+        for name, kind, low in (("stop", str, "\0"), ("stop_token_ids", int, 0)):
             given = getattr(self, name)
-            items = [] if given is None else [given] if isinstance(given, str) else given
-            require(isinstance(items, list | tuple) and all(map(ok, items)), name, given, allowed)
+            items = [given] if isinstance(given, str) else given or []
+            ok = type(items) in (list, tuple) and all(type(i) is kind and i >= low for i in items)
+            require(ok, name, given, f"a list of {kind.__name__}, none empty or below 0")
             setattr(self, name, list(items))
+
+
+@dataclass
+class BeamSearchParams:
+    """Beam search for the likeliest texts. Wrong values raise ValueError.
+
+    A text's score is cumulative_logprob / number of its tokens ** length_penalty.
+    """
+    beam_width: int = 4                   # texts that are followed at a time, and returned
+    max_tokens: int = 16                  # generated tokens at most
+    length_penalty: float = 1.0           # above 0 favours long texts, below 0 short ones
+    early_stopping: bool | str = False    # True: stop at beam_width ended texts; False: when no
+    #     better one is likely any more; "never": only when none is possible
+    ignore_eos: bool = False              # go on past the model's end-of-text token
+
+    # Beams are not drawn: what the sampler and the text would do with them, said once.
+    n, temperature, top_p, top_k, min_p, repetition_penalty = 1, 0.0, 1.0, 0, 0.0, 1.0
+    seed, logprobs, stop, stop_token_ids = 0, None, (), ()
+    __post_init__ = SamplingParams.__post_init__
 
 
 Status = Enum("Status", "WAITING RUNNING SWAPPED FINISHED")
@@ -642,79 +581,98 @@ Status = Enum("Status", "WAITING RUNNING SWAPPED FINISHED")
 class Sequence:
     """One text in the making: its tokens, and the blocks that hold their K and V."""
 
-    def __init__(self, token_ids, params, seed):
+    def __init__(self, token_ids, params):
         self.token_ids = list(token_ids)           # prompt, then generated
         self.num_prompt_tokens = len(token_ids)
         self.num_kv = 0                            # tokens whose K and V are in the cache
         self.block_table = []                      # logical block i is physical block_table[i]
-        self.params, self.seed = params, seed
-        self.text = ""
-        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")   # keeps half a character back
+        self.cache_salt = None                     # cached blocks are shared within one salt only
+        self.params, self.seed = params, params.seed
+        self.data, self.text = b"", ""             # what was generated, and what of it can be shown
         self.cumulative_logprob = 0.0
         self.logprobs = []
         self.finish_reason = None                  # "stop" or "length"
-        self.steps_in_last_block = 0               # for the memory report: Engine._count_slots
 
     @property
     def num_tokens(self):
         return len(self.token_ids)
 
-
-@dataclass
-class CompletionOutput:
-    """One text of a request, complete once finish_reason is set."""
-    index: int
-    text: str
-    token_ids: list[int]
-    cumulative_logprob: float              # natural logarithm
-    logprobs: list[dict] | None            # one {token_id: logprob} a generated token
-    finish_reason: str | None              # "stop" or "length"; None while it runs
+    def fork(self):
+        """A sequence that goes on from this one. BlockPool.fork() lets it share the blocks."""
+        child = copy.copy(self)
+        child.token_ids, child.logprobs = [*self.token_ids], [*self.logprobs]
+        child.block_table, child.num_kv = [], 0
+        return child
 
 
-@dataclass
-class RequestOutput:
-    """What generate() and step() return for a request."""
-    request_id: int
-    prompt: str | None                     # None when it was given as token ids
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool
-    num_cached_tokens: int = 0             # there is no prefix cache yet
+class CompletionOutput(SimpleNamespace):
+    """One text of a request, complete once finish_reason is set.
+
+    index: int; text: str; token_ids: list[int]; cumulative_logprob: float, a natural logarithm;
+    logprobs: one {token_id: logprob} a generated token, or None; finish_reason: "stop", "length",
+    or None while it runs.
+    """
+
+
+class RequestOutput(SimpleNamespace):
+    """What generate() and step() return for a request.
+
+    request_id: int; prompt: str, or None when it was given as token ids; prompt_token_ids:
+    list[int]; outputs: list[CompletionOutput]; finished: bool; num_cached_tokens: int, of the
+    prompt, found in the prefix cache.
+    """
 
 
 class SequenceGroup:
-    """One request. Its sequences are scheduled, preempted and finished together (paper 4.5)."""
+    """One request. Its sequences are scheduled, preempted and finished together (paper 4.5).
+
+    In beam search they are the beams, and behind them the best of the texts that have ended.
+    """
 
     def __init__(self, request_id, prompt, seqs):
         self.request_id, self.prompt, self.seqs = request_id, prompt, seqs   # ids grow by arrival
-        self.status = Status.WAITING
+        self.params, self.status = seqs[0].params, Status.WAITING
+        self.width = getattr(self.params, "beam_width", self.params.n)     # sequences it grows to
+        self.num_cached_tokens = None              # known when it first runs
+
+    def unfinished(self):
+        return [seq for seq in self.seqs if not seq.finish_reason]
+
+    def blocks(self):
+        return {block_id for seq in self.seqs for block_id in seq.block_table}
 
     def output(self):
-        """A snapshot for the user. A text that may yet turn into a stop string is held back."""
-        finished, outputs = self.status is Status.FINISHED, []
-        for i, seq in enumerate(self.seqs):
-            held_back = 0 if finished else max(map(len, seq.params.stop), default=1) - 1
-            text = seq.text[:max(0, len(seq.text) - held_back)]
-            outputs.append(CompletionOutput(i, text, seq.token_ids[seq.num_prompt_tokens:],
-                                            seq.cumulative_logprob, seq.logprobs[:] or None,
-                                            seq.finish_reason))
-        prompt_token_ids = self.seqs[0].token_ids[:self.seqs[0].num_prompt_tokens]
-        return RequestOutput(self.request_id, self.prompt, prompt_token_ids, outputs, finished)
+        """A snapshot for the user."""
+        start = self.seqs[0].num_prompt_tokens
+        outputs = [CompletionOutput(
+            index=i, text=seq.text, token_ids=seq.token_ids[start:],
+            logprobs=seq.logprobs[:] or None, finish_reason=seq.finish_reason,
+            cumulative_logprob=seq.cumulative_logprob) for i, seq in enumerate(self.seqs)]
+        return RequestOutput(
+            request_id=self.request_id, prompt=self.prompt, outputs=outputs,
+            prompt_token_ids=self.seqs[0].token_ids[:start],
+            finished=self.status is Status.FINISHED, num_cached_tokens=self.num_cached_tokens)
 
 
 # ================================================================================================
 # 5. Block pool
 #    in: a sequence and how many tokens it is about to compute      out: blocks in its block_table
-#    paper 4.2, 4.3
+#    paper 4.2 to 4.5
 #
 #    The pool hands out block ids; the memory behind them is the engine's. It is an ordinary
 #    allocator of equal pieces, so nothing is ever lost *between* pieces (no external
 #    fragmentation), and a sequence wastes less than one block.
+#
+#    As every sequence reads through its own table, a block can stand in several of them. All that
+#    comes of this is one operation, hold(), which adds rows to a table and counts them: append()
+#    holds new blocks, fork() a parent's (parallel sampling, beam search), the prefix cache those
+#    that find_prefix() found, and take_over() keeps in a swap what is shared shared.
+#    Only the last block of a sequence is ever written, so only that one is ever copied.
 # ================================================================================================
 
 
 class BlockPool:
-    """N blocks of B slots, a free list and reference counts.
+    """N blocks of B slots, a free list, reference counts and a prefix cache.
 
     Example (the paper's Fig 6, B = 4): a prompt of 7 tokens takes two blocks, 4 + 3 filled; the
     eighth token fills the second; only the ninth takes a third.
@@ -722,55 +680,140 @@ class BlockPool:
 
     def __init__(self, num_blocks, block_size):
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.free_blocks = deque(range(num_blocks))
+        # Handed out from the front, given back at the end: what was used last is kept longest.
+        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))
         self.ref_count = [0] * num_blocks
+        self.num_forks = 0
+        # What the engine owes before it computes, as (from, to): within the pool, and into it.
+        self.copies, self.arrivals = [], []
+        # The prefix cache. content[b] is an object that stands for the tokens of a block and of all
+        # before it; it equals only itself, and each use of a block brings a new one. So (content of
+        # the block before, own tokens) is an exact key, whose cost does not grow with the text.
+        self.cached = {}              # {key: block_id}
+        self.key_of = {}              # {block_id: key}, to forget it when the block is reused
+        self.content = [None] * num_blocks
 
     @property
     def num_free(self):
         return len(self.free_blocks)
 
-    def blocks_needed(self, seq, num_new):
-        """How many more blocks `seq` needs before `num_new` tokens can be written.
+    def num_needed(self, plan):
+        """How many free blocks append() takes for all of `plan`, [(seq, num_new), ...].
 
-        It counts from num_kv, not num_tokens: the token just sampled has no K and V yet. With
-        B = 4 and num_kv = 8 both blocks are full, so one new token needs a third.
+        Table rows count from num_kv, not num_tokens: the token just sampled has no K and V yet.
+        With B = 4 and num_kv = 8 both blocks are full, so one new token needs a third. And copies:
+        of k sequences that share a block, and all write to it, the last one finds it its own.
         """
-        return -(-(seq.num_kv + num_new) // self.block_size) - len(seq.block_table)
+        size = self.block_size
+        rows = sum(max(0, -(-(seq.num_kv + num_new) // size) - len(seq.block_table))
+                   for seq, num_new in plan)
+        # Where slot num_kv has a block already, that one is written next; a full one never is.
+        writers = Counter(block_id for seq, _ in plan
+                          for block_id in seq.block_table[seq.num_kv // size:])
+        return rows + sum(min(k, self.ref_count[b] - 1) for b, k in writers.items())
 
-    def can_append(self, seq, num_new, reserve=0):
-        """Whether append() would succeed and leave `reserve` blocks free."""
-        return self.blocks_needed(seq, num_new) + reserve <= self.num_free
+    def _take(self, content=None):
+        """A free block to write to; what the prefix cache had there is forgotten."""
+        block_id, _ = self.free_blocks.popitem(last=False)
+        self.cached.pop(self.key_of.pop(block_id, None), None)
+        self.content[block_id] = content or object()
+        return block_id
+
+    def hold(self, seq, block_ids, num_kv):
+        """Add blocks to the end of a table; `num_kv` tokens of the text are then in the cache."""
+        for block_id in block_ids:
+            self.free_blocks.pop(block_id, None)   # if it was free
+            self.ref_count[block_id] += 1          # one table row more points here (keeps I1)
+        seq.block_table += block_ids               # share the blocks, never the list
+        seq.num_kv = num_kv
 
     def append(self, seq, num_new):
         """Give `seq` room for the K and V of `num_new` more tokens; num_kv follows after the step.
 
+        A block that it is about to write and that others read is copied first (keeps I3).
         Raises: OutOfBlocks, and nothing changes (I5).
         """
-        needed = self.blocks_needed(seq, num_new)
+        needed = self.num_needed([(seq, num_new)])
         if needed > self.num_free:
             raise OutOfBlocks(f"{needed} blocks are needed, {self.num_free} are free")
-        for _ in range(needed):
-            block_id = self.free_blocks.popleft()
-            self.ref_count[block_id] = 1
-            seq.block_table.append(block_id)
+        taken = [self._take() for _ in range(needed)]
+        written = seq.block_table[seq.num_kv // self.block_size:]
+        if written and self.ref_count[written[0]] > 1:
+            shared = seq.block_table.pop()         # the last; the others go on reading it
+            self.ref_count[shared] -= 1
+            self.copies.append((shared, taken[0]))
+        self.hold(seq, taken, seq.num_kv)
+
+    def fork(self, parent, child):
+        """Let `child` read all that `parent` has cached, moving no KV bytes (paper 4.4, 5.2).
+
+        Cost: one integer a block. A block is copied later, in append(), by its first writer.
+        """
+        assert not child.block_table, "child already holds blocks: they would leak"
+        self.hold(child, parent.block_table, parent.num_kv)
+        self.num_forks += 1
 
     def free(self, seq):
-        """Take back all blocks of `seq`; its tokens stay, their K and V are gone."""
-        for block_id in seq.block_table:
+        """Take back all blocks of `seq`; its tokens stay, their K and V are gone.
+
+        The last block goes first, so that the prefix cache loses the ends of texts before their
+        beginnings, which more texts have in common.
+        """
+        for block_id in reversed(seq.block_table):
             self.ref_count[block_id] -= 1          # one table row less points here (keeps I1)
             if self.ref_count[block_id] == 0:
-                self.free_blocks.append(block_id)
+                self.free_blocks[block_id] = None
         seq.block_table, seq.num_kv = [], 0
 
+    def _key(self, seq, i, block_table):
+        """What the prefix cache knows block `i` of a text by; `block_table` has those before it."""
+        before = self.content[block_table[i - 1]] if i else seq.cache_salt
+        return before, tuple(seq.token_ids[i * self.block_size:(i + 1) * self.block_size])
+
+    def find_prefix(self, seq):
+        """The cached blocks that `seq` begins with. One token at least is left to be computed."""
+        blocks = []
+        for i in range((seq.num_tokens - 1) // self.block_size):
+            key = self._key(seq, i, blocks)
+            if key not in self.cached:
+                break
+            blocks.append(self.cached[key])
+        return blocks
+
+    def publish(self, seq, num_new):
+        """Put the blocks into the prefix cache that `num_new` computed tokens fill (keeps I6).
+
+        If another sequence computed the same content before, its block stays the cached one.
+        """
+        size = self.block_size
+        for i in range(seq.num_kv // size, (seq.num_kv + num_new) // size):
+            key, block_id = self._key(seq, i, seq.block_table), seq.block_table[i]
+            if self.cached.setdefault(key, block_id) == block_id:
+                self.key_of[block_id] = key
+            self.content[block_id] = self.content[self.cached[key]]
+
+    def take_over(self, group, source):
+        """Move a group here from the pool `source`: swap out, or swap in.
+
+        A block that several of its sequences share is moved once, and shared again (paper 4.5).
+        """
+        moved = {block_id: self._take(source.content[block_id]) for block_id in group.blocks()}
+        for seq in group.seqs:
+            table, num_kv = [moved[block_id] for block_id in seq.block_table], seq.num_kv
+            source.free(seq)
+            self.hold(seq, table, num_kv)
+        self.arrivals += moved.items()
+
     def check(self, seqs):
-        """Assert I1, I2 and I4 over all sequences that hold blocks."""
+        """Assert I1, I2 and I4 over all sequences that hold blocks, and that the cache is whole."""
         rows = Counter(block_id for seq in seqs for block_id in seq.block_table)
-        for seq in seqs:
-            assert self.blocks_needed(seq, 0) == 0, f"I4: {seq.num_kv} tokens, {seq.block_table}"
+        held = [(seq.num_kv, len(seq.block_table)) for seq in seqs]
+        assert all(num == -(-num_kv // self.block_size) for num_kv, num in held), f"I4: {held}"
         counted = [rows[block_id] for block_id in range(self.num_blocks)]
         assert counted == self.ref_count, f"I1: {counted} rows, but ref_count {self.ref_count}"
         held_or_free = sorted([*rows, *self.free_blocks])
         assert held_or_free == [*range(self.num_blocks)], f"I2: lost or there twice: {held_or_free}"
+        assert self.key_of == {b: key for key, b in self.cached.items()}, "I6: stale keys"
 
 
 # ================================================================================================
@@ -783,6 +826,10 @@ class BlockPool:
 #    up to m tokens of the step's budget. A decode lacks one; a long prompt is computed in chunks
 #    beside the decodes; a preempted sequence lacks all and computes them like a prompt.
 #
+#    Who is preempted loses its K and V (recompute), or they go to the CPU's memory (swap). Either
+#    way the group goes back to the head of the queue, and only the head of the queue may run: so
+#    nothing new is admitted while something is swapped out.
+#
 #    The running groups are always the earliest arrivals, so the latest is preempted first and the
 #    earliest can always take the whole pool: it finishes, then the next one does. No deadlock.
 # ================================================================================================
@@ -791,72 +838,110 @@ class BlockPool:
 class Scheduler:
     """Decides who runs (paper 4.5). Keeps I5 and I7."""
 
-    def __init__(self, pool, max_num_seqs, max_num_batched_tokens):
-        self.pool = pool
-        self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
+    def __init__(self, pool, swap_pool, preemption, max_num_seqs, max_num_batched_tokens):
+        self.pool, self.swap_pool, self.preemption = pool, swap_pool, preemption
+        # Each running sequence decodes one token a step, and the budget must last for all.
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self.max_num_batched_tokens = max_num_batched_tokens
         self.waiting, self.running = deque(), []   # both in order of arrival
-        self.num_preemptions = 0
-        # Kept free at admission for the running ones' next tokens, lest the newcomer be preempted
-        # at once: 1%, as in the paper's code, so none in a pool of less than 100 blocks.
-        self.watermark = pool.num_blocks // 100
-
-    def add(self, group):
-        self.waiting.append(group)
+        self.counts = Counter()
 
     def schedule(self):
         """-> [(sequence, number of its tokens to compute), ...], with blocks for them allocated."""
         scheduled, budget, i = [], self.max_num_batched_tokens, 0
-        # The running ones first, as they hold blocks; then, while budget is left, newcomers. Each
-        # running group has one decode at least, and all but the last are done with their prompts,
-        # so the budget that admitted them lasts for all of them in each step.
-        while budget and (i < len(self.running) or self._admit()):
+        # The running ones first, as they hold blocks; then, while budget is left, newcomers.
+        while budget and (i < len(self.running) or self.waiting and self._admit(self.waiting[0])):
             group = self.running[i]
-            seq = group.seqs[0]
-            num_new = min(seq.num_tokens - seq.num_kv, budget)
-            while group.status is Status.RUNNING and not self.pool.can_append(seq, num_new):
+            plan = self._plan(group, budget)
+            while (group.status is Status.RUNNING
+                   and self.pool.num_needed(plan) > self.pool.num_free):
                 # The latest arrival, which may be `group` itself, but none that is scheduled
-                # already. It cannot come back in this step: it needs what it gave, and more.
+                # already. It needs what it gave and more: it cannot come back for that.
                 self._preempt(self.running.pop())
             if group.status is Status.RUNNING:
-                self.pool.append(seq, num_new)
-                scheduled.append((seq, num_new))
-                budget, i = budget - num_new, i + 1
+                for seq, num_new in plan:
+                    self.pool.append(seq, num_new)
+                    budget -= num_new
+                scheduled += plan
+                i += 1
         return scheduled
 
-    def _admit(self):
+    def _plan(self, group, budget):
+        """What a running group computes in this step: [(sequence, number of tokens), ...].
+
+        Its sequences get their next token together. If some lack the K and V of more than their
+        last token, which after a recompute all do, the first of them is computed alone, up to that
+        token: the ones after it then find in the prefix cache what they have in common with it.
+        """
+        seqs = group.unfinished()
+        for seq in seqs:
+            if not seq.block_table:                # it begins, or begins again
+                prefix = self.pool.find_prefix(seq)
+                self.pool.hold(seq, prefix, len(prefix) * self.pool.block_size)
+                self.counts["cached_tokens"] += 0 if seq.cache_salt else seq.num_kv
+            # a step that was interrupted may have computed, but not sampled
+            seq.num_kv = min(seq.num_kv, seq.num_tokens - 1)
+            num_new = seq.num_tokens - seq.num_kv - (len(seqs) > 1)
+            if num_new:
+                return [(seq, min(num_new, budget))]
+        return [(seq, 1) for seq in seqs] if len(seqs) <= budget else []
+
+    def _admit(self, group):
         """Let the group that waits longest run, if there is room; nobody jumps the queue."""
-        if not self.waiting or len(self.running) == self.max_num_seqs:
-            return False
+        seqs, size = group.unfinished(), self.pool.block_size
+        swapped = group.status is Status.SWAPPED
+        prefix = [] if swapped else self.pool.find_prefix(seqs[0])
         # All its tokens must fit, even if only a chunk is computed now: a prompt half done that
-        # waits for blocks would hold those that others wait for.
-        seq, reserve = self.waiting[0].seqs[0], self.watermark if self.running else 0
-        if not self.pool.can_append(seq, seq.num_tokens, reserve):
+        # waits for blocks would hold those that others wait for. Cached blocks that someone holds
+        # are there already. And 1% is kept free for the running ones' next tokens, as in the
+        # paper's code, lest the newcomer be preempted at once: none in a pool of less than 100.
+        needed = (sum(-(-seq.num_tokens // size) for seq in seqs) + self.pool.num_blocks // 100
+                  - sum(self.pool.ref_count[block_id] > 0 for block_id in prefix))
+        num_seqs = sum(other.width for other in self.running) + group.width
+        # Alone it always fits (I7).
+        if self.running and (needed > self.pool.num_free or num_seqs > self.max_num_seqs):
             return False
+        if swapped:
+            self.pool.take_over(group, self.swap_pool)
+        elif group.num_cached_tokens is None:
+            group.num_cached_tokens = len(prefix) * size
+        group.status = Status.RUNNING
         self.running.append(self.waiting.popleft())
-        self.running[-1].status = Status.RUNNING
         return True
 
     def _preempt(self, group):
-        """By recompute: the blocks go, the tokens stay, and one prefill brings K and V back."""
-        for seq in group.seqs:
-            self.pool.free(seq)
-        group.status = Status.WAITING
+        """Take a group's blocks, by swap while there is room for it on the CPU, or by recompute.
+
+        "auto" swaps what has several sequences: those cost several prefills to bring back.
+        """
+        several = len(group.unfinished()) > 1
+        swap = self.preemption == "swap" or self.preemption == "auto" and several
+        if swap and len(group.blocks()) <= self.swap_pool.num_free:
+            self.swap_pool.take_over(group, self.pool)
+            self.counts["preemptions_swap"] += 1
+            group.status = Status.SWAPPED
+        else:                                      # the tokens stay, a prefill brings K and V back
+            for seq in group.seqs:
+                self.pool.free(seq)
+            self.counts["preemptions_recompute"] += 1
+            group.status = Status.WAITING
         self.waiting.appendleft(group)             # it arrived before all that wait
-        self.num_preemptions += 1
 
     def finish(self, group):
         """Take a group out, wherever it is, and its blocks back."""
         (self.running if group.status is Status.RUNNING else self.waiting).remove(group)
+        pool = self.swap_pool if group.status is Status.SWAPPED else self.pool
         for seq in group.seqs:
-            self.pool.free(seq)
+            pool.free(seq)
         group.status = Status.FINISHED
 
     def check(self):
-        """Assert the invariants of pool and queues."""
+        """Assert the invariants of pools and queues."""
         self.pool.check([seq for group in self.running for seq in group.seqs])
+        # of those that wait, whoever is not swapped out has no blocks, here or in the pool (I7)
+        self.swap_pool.check([seq for group in self.waiting for seq in group.seqs])
         order = [group.request_id for group in [*self.running, *self.waiting]]
         assert order == sorted(order), f"first come, first served is broken: {order}"
-        assert not any(seq.block_table for group in self.waiting for seq in group.seqs), "I7"
 
 
 # ================================================================================================
@@ -869,46 +954,17 @@ class Scheduler:
 # ================================================================================================
 
 
-@dataclass
-class Batch:
-    """One step's tokens, and the maps that say whose they are and where their K and V go."""
-    input_ids: torch.Tensor         # (T,)
-    positions: torch.Tensor         # (T,) place of each token in its own text
-    slot_mapping: torch.Tensor      # (T,) block_id * B + offset: where its K and V go
-    block_tables: torch.Tensor      # (S, M) int32, rows padded with 0
-    context_lens: torch.Tensor      # (S,) int32, this step's tokens included
-    query_start: torch.Tensor       # (S+1,) int32: row of each sequence's first token, and T
-    max_query_len: int
-    last_rows: torch.Tensor         # rows whose logits are wanted
-
-
 def make_batch(scheduled, block_size, device):
-    """The flat batch of a step.
+    """The flat batch of a step: kernels.flat_batch of the new tokens and tables of its sequences.
 
     Example (B = 4): a decode at position 5, with table [7, 1], stands after a two-token prefill.
-    query_lens [2, 1], query_start [0, 2, 3], seq_of [0, 0, 1], positions [0, 1, 5]; the last token
-    is in logical block 5 // 4 = 1, physical block 1, slot 1 * 4 + 5 % 4 = 5.
+    query_start [0, 2, 3], positions [0, 1, 5]; the last token is in logical block 5 // 4 = 1,
+    physical block 1, slot 1 * 4 + 5 % 4 = 5.
     """
-    num_columns = max(len(seq.block_table) for seq, _ in scheduled)        # M
-    query_lens = torch.tensor([num_new for _, num_new in scheduled])
-    first = torch.tensor([seq.num_kv for seq, _ in scheduled])             # (S,) first new position
-    tables = torch.tensor([seq.block_table + [0] * (num_columns - len(seq.block_table))
-                           for seq, _ in scheduled], dtype=torch.int32)    # (S, M)
-    query_start = F.pad(query_lens.cumsum(0), (1, 0))                      # (S+1,)
-    seq_of = torch.repeat_interleave(query_lens)                           # (T,) whose row it is
-    positions = torch.arange(len(seq_of)) - query_start[seq_of] + first[seq_of]
-    slots = tables[seq_of, positions // block_size].long() * block_size + positions % block_size
-    ids = [*itertools.chain.from_iterable(
-        seq.token_ids[seq.num_kv:seq.num_kv + num_new] for seq, num_new in scheduled)]
-    assert len(ids) == len(slots), f"{len(ids)} token ids for {len(slots)} slots"
-    # only a sequence whose last known token is computed now gets a new one
-    is_last = torch.tensor([seq.num_kv + num_new == seq.num_tokens for seq, num_new in scheduled])
-    return Batch(
-        input_ids=torch.tensor(ids).to(device), positions=positions.to(device),
-        slot_mapping=slots.to(device), block_tables=tables.to(device),
-        context_lens=(first + query_lens).int().to(device),
-        query_start=query_start.int().to(device), max_query_len=int(query_lens.max()),
-        last_rows=(query_start[1:] - 1)[is_last].to(device))
+    # Logits are wanted where the last known token is computed.
+    rows = [(seq.token_ids[seq.num_kv:seq.num_kv + num_new], seq.num_kv, seq.block_table,
+             seq.num_kv + num_new == seq.num_tokens) for seq, num_new in scheduled]
+    return kernels.flat_batch(rows, block_size, device)
 
 
 # ================================================================================================
@@ -921,61 +977,36 @@ def make_batch(scheduled, block_size, device):
 #      LLaMA      RoPE, on each q and k    RMSNorm     silu(gate) * up         none, mostly
 # ================================================================================================
 
-# Our modules; GPT-2's name of each; LLaMA's, several where we stack their rows in one matrix.
-NAMES = {
-    "embed_tokens": ("wte", "model.embed_tokens"), "embed_positions": ("wpe",),
-    "norm": ("ln_f", "model.norm"), "lm_head": ("lm_head", "lm_head"),
-    "layers.{}.attn_norm": ("h.{}.ln_1", "model.layers.{}.input_layernorm"),
-    "layers.{}.qkv": ("h.{}.attn.c_attn", "model.layers.{}.self_attn.q_proj",
-                      "model.layers.{}.self_attn.k_proj", "model.layers.{}.self_attn.v_proj"),
-    "layers.{}.o": ("h.{}.attn.c_proj", "model.layers.{}.self_attn.o_proj"),
-    "layers.{}.mlp_norm": ("h.{}.ln_2", "model.layers.{}.post_attention_layernorm"),
-    "layers.{}.up": ("h.{}.mlp.c_fc", "model.layers.{}.mlp.gate_proj",
-                     "model.layers.{}.mlp.up_proj"),
-    "layers.{}.down": ("h.{}.mlp.c_proj", "model.layers.{}.mlp.down_proj"),
-}
-# Constants that old checkpoints carry: causal masks and rotary tables.
-BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")
+NORMS = {"gpt2": nn.LayerNorm, "llama": nn.RMSNorm}
 
 
-class Linear(nn.Linear):
-    """Left as it was allocated: first values would be lost work, as a checkpoint brings others."""
-
-    def reset_parameters(self):
-        pass
-
-
-def make_embedding(num_rows, c):
-    return nn.Embedding.from_pretrained(torch.empty(num_rows, c.hidden_size, **c.factory))
-
-
-def make_norm(c):
-    norm = nn.LayerNorm if c.family == "gpt2" else nn.RMSNorm
-    return norm(c.hidden_size, c.rms_norm_eps, **c.factory)
+# Left as it was allocated: first values would be lost work, as a checkpoint brings others.
+Linear = functools.partial(nn.utils.skip_init, nn.Linear)
 
 
 class Layer(nn.Module):
     """One transformer layer: x + attention(norm(x)), then x + MLP(norm(x))."""
 
-    def __init__(self, c):
+    def __init__(self, c, **factory):
         super().__init__()
-        self.config = c
-        self.heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
-        self.attn_norm = make_norm(c)
-        qkv_size = sum(self.heads) * c.head_dim
-        self.qkv = Linear(c.hidden_size, qkv_size, c.attention_bias, **c.factory)
-        self.o = Linear(self.heads[0] * c.head_dim, c.hidden_size, c.attention_bias, **c.factory)
-        self.mlp_norm = make_norm(c)
-        up_size = c.intermediate_size * (1 if c.family == "gpt2" else 2)
-        self.up = Linear(c.hidden_size, up_size, c.mlp_bias, **c.factory)
-        self.down = Linear(c.intermediate_size, c.hidden_size, c.mlp_bias, **c.factory)
+        self.config, self.heads = c, (c.num_attention_heads, c.num_key_value_heads)
+        q, k = (heads * c.head_dim for heads in self.heads)
+        inner, up = c.intermediate_size, c.intermediate_size * (1 if c.family == "gpt2" else 2)
+        # Whose the rows of a matrix are that LLaMA's files hold in parts.
+        self.rows = {"qkv": {"q": q, "k": k, "v": k}, "up": {"gate": inner, "up": inner}}
+        self.attn_norm = NORMS[c.family](c.hidden_size, c.rms_norm_eps, **factory)
+        self.qkv = Linear(c.hidden_size, q + 2 * k, c.attention_bias, **factory)
+        self.o = Linear(q, c.hidden_size, c.attention_bias, **factory)
+        self.mlp_norm = NORMS[c.family](c.hidden_size, c.rms_norm_eps, **factory)
+        self.up = Linear(c.hidden_size, up, c.mlp_bias, **factory)
+        self.down = Linear(inner, c.hidden_size, c.mlp_bias, **factory)
 
     def forward(self, x, k_cache, v_cache, batch, rope, runs):
         """x (T, E) -> (T, E); writes the K and V of the T tokens into their slots."""
         qkv = self.qkv(self.attn_norm(x)).unflatten(1, (-1, self.config.head_dim))
-        qk, v = qkv.split((sum(self.heads[:2]), self.heads[2]), dim=1)     # (T, H+K, D), (T, K, D)
+        qk, v = qkv.split((sum(self.heads), self.heads[1]), dim=1)         # (T, H+K, D), (T, K, D)
         qk = kernels.rotate_reference(qk, *rope) if rope else qk
-        q, k = qk.split(self.heads[:2], dim=1)
+        q, k = qk.split(self.heads, dim=1)
         kernels.write_kv_reference(k, v, k_cache, v_cache, batch.slot_mapping)
         y = kernels.paged_attention_reference(                             # (T, H, D)
             q, k_cache, v_cache, batch.block_tables, batch.context_lens, batch.query_start,
@@ -991,24 +1022,25 @@ class Layer(nn.Module):
 class Decoder(nn.Module):
     """GPT-2 or LLaMA by its config, reading and writing K and V in the paged cache only."""
 
-    def __init__(self, c):
+    def __init__(self, c, **factory):
         super().__init__()
-        self.config = c
-        self.embed_tokens = make_embedding(c.vocab_size, c)
+        self.config, width = c, c.hidden_size
+        # An embedding is a matrix whose rows are looked up; as a tied head it is multiplied, too.
+        self.embed_tokens = Linear(width, c.vocab_size, False, **factory)  # (V, E)
         if c.family == "gpt2":
-            self.embed_positions = make_embedding(c.max_position_embeddings, c)
-        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_hidden_layers))
-        self.norm = make_norm(c)
-        if not c.tie_word_embeddings:
-            self.lm_head = Linear(c.hidden_size, c.vocab_size, False, **c.factory)
-        self.frequencies = kernels.rope_frequencies(c.head_dim, c.rope).to(c.factory["device"])
-        require(self.frequencies.isfinite().all().item(), "rope", c.rope, "finite angles")
+            self.embed_positions = Linear(width, c.max_position_embeddings, False, **factory)
+        self.layers = nn.ModuleList(Layer(c, **factory) for _ in range(c.num_hidden_layers))
+        self.norm = NORMS[c.family](width, c.rms_norm_eps, **factory)
+        self.lm_head = (self.embed_tokens if c.tie_word_embeddings else
+                        Linear(width, c.vocab_size, False, **factory))
+        self.frequencies = kernels.rope_frequencies(c.head_dim, vars(c)).to(factory["device"])
+        require(self.frequencies.isfinite().all(), "factor", getattr(c, "factor", None), "above 0")
 
     def forward(self, batch, kv_cache):
         """-> logits (len(batch.last_rows), V) float32; kv_cache (L, 2, N, B, K, D) is written."""
-        x, rope = self.embed_tokens(batch.input_ids), None                 # (T, E)
+        x, rope = F.embedding(batch.input_ids, self.embed_tokens.weight), None           # (T, E)
         if self.config.family == "gpt2":
-            x = x + self.embed_positions(batch.positions)
+            x = x + F.embedding(batch.positions, self.embed_positions.weight)
         else:   # the angles are computed in float32 and once a step, not once a layer
             angle = batch.positions[:, None, None] * self.frequencies      # (T, 1, D/2)
             rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -1017,38 +1049,48 @@ class Decoder(nn.Module):
         for layer, (k_cache, v_cache) in zip(self.layers, kv_cache, strict=True):
             x = layer(x, k_cache, v_cache, batch, rope, runs)
         # the vocabulary is the widest matrix: only rows that are sampled meet it
-        head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return F.linear(self.norm(x[batch.last_rows]), head.weight).float()
+        return self.lm_head(self.norm(x[batch.last_rows])).float()
 
     def checkpoint_views(self):
-        """{name in the checkpoint: the part of our parameters that it fills}, in its own shape."""
-        c, views = self.config, {}
-        sizes = {3: [heads * c.head_dim for heads in self.layers[0].heads],    # q, k, v
-                 2: [c.intermediate_size] * 2}                                 # gate, up
-        for name, parameter in self.named_parameters():
-            module, kind = name.rsplit(".", 1)
-            layer = re.search(r"\d+|$", module)[0]
-            gpt2, *llama = NAMES[re.sub(r"\d+", "{}", module)]
-            sources = [gpt2] if c.family == "gpt2" else llama
-            parts = parameter.data.split(sizes.get(len(sources), parameter.shape[0]))
-            for source, part in zip(sources, parts, strict=True):
-                if c.family == "gpt2" and "layers" in module and part.dim() == 2:
-                    part = part.T              # GPT-2's Conv1D stores (in, out)
-                views[f"{source.format(layer)}.{kind}"] = part
+        """{name in the checkpoint: the part of our parameters that it fills}, in its own shape.
+
+        Names are translated part by part with this table. {} stands for q, k, v or for gate, up:
+        LLaMA's files hold apart what is stacked to one matrix here.
+
+            ours             GPT-2            LLaMA
+            embed_tokens     wte              model.embed_tokens
+            embed_positions  wpe              -
+            layers           h                model.layers
+            attn_norm        ln_1             input_layernorm
+            qkv              attn.c_attn      self_attn.{}_proj
+            o                attn.c_proj      self_attn.o_proj
+            mlp_norm         ln_2             post_attention_layernorm
+            up               mlp.c_fc         mlp.{}_proj
+            down             mlp.c_proj       mlp.down_proj
+            norm             ln_f             model.norm
+        """
+        column, views = 1 + (self.config.family == "llama"), {}
+        table = re.findall(r"^ +(\S+)  +(\S+)  +(\S+)$", Decoder.checkpoint_views.__doc__, re.M)
+        names = {row[0]: row[column] for row in table}
+        for name, tensor in self.named_parameters():
+            source = ".".join(names.get(part, part) for part in name.split("."))
+            # GPT-2's layers are made of Conv1D, which stores (in, out)
+            tensor = tensor.t() if self.config.family == "gpt2" and "layers" in name else tensor
+            rows = self.layers[0].rows[name.split(".")[-2]] if "{}" in source else {"": len(tensor)}
+            for part, view in zip(rows, tensor.split([*rows.values()]), strict=True):
+                views[source.format(part)] = view
         return views
 
 
 def load_model(config, folder, device, dtype, load_format="auto"):
     """A Decoder on `device`, filled from the folder or, as "dummy", with random weights."""
-    config.factory = {"device": device, "dtype": dtype}
     with reading(folder / "config.json"):          # a rope setting is missing, or memory is short
-        model = Decoder(config).requires_grad_(False)
+        model = Decoder(config, device=device, dtype=dtype).requires_grad_(False)
     if load_format == "dummy":
         for parameter in model.parameters():
             parameter.normal_(0, 0.02)
     else:
-        load_tensors(folder, model.checkpoint_views(), lambda name: BUFFERS.fullmatch(name)
-                     or config.tie_word_embeddings and name == "lm_head.weight")
+        load_tensors(folder, model.checkpoint_views())
     return model
 
 
@@ -1067,28 +1109,25 @@ def sample(logits, seqs):
 
     The log-probabilities are the model's own, before penalty, temperature and filters.
     """
-    params, logprobs = [seq.params for seq in seqs], logits.log_softmax(-1)
-    for row, seq in enumerate(seqs):
-        if (penalty := params[row].repetition_penalty) != 1:
-            seen = torch.tensor(sorted(set(seq.token_ids)), device=logits.device)
-            score = logits[row, seen]              # multiplying lowers a negative score
-            logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
-    if any(p.temperature for p in params):
-        options = torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in params],
-                               dtype=torch.float64).T                      # (4, S)
-        draws = torch.tensor([(seq.seed, seq.num_tokens) for seq in seqs]).T            # (2, S)
-        tokens = kernels.sample_reference(logits, *options.to(logits.device),
-                                          *draws.to(logits.device))
-    else:
-        tokens = logits.argmax(-1)
-    chosen, out = logprobs.gather(1, tokens[:, None])[:, 0].tolist(), []
-    for row, token in enumerate(tokens.tolist()):
-        top = None
-        if params[row].logprobs is not None:
-            values, ids = logprobs[row].topk(min(params[row].logprobs, logits.shape[1]))
-            top = {token: chosen[row], **dict(zip(ids.tolist(), values.tolist(), strict=True))}
-        out.append((token, chosen[row], top))
-    return out
+    options = [(p.temperature, p.top_p, p.top_k, p.min_p, p.repetition_penalty, p.logprobs)
+               for p in (seq.params for seq in seqs)]
+    return kernels.sample_rows(logits, options, [seq.seed for seq in seqs],
+                               [seq.token_ids for seq in seqs])
+
+
+def beam_score(seq, num_generated=None):
+    """What beam search ranks texts by: log-probability / generated tokens ** length_penalty."""
+    num_generated = num_generated or seq.num_tokens - seq.num_prompt_tokens
+    return seq.cumulative_logprob / num_generated ** seq.params.length_penalty
+
+
+def beams_are_done(beams, ended, params):
+    """Whether no beam can come among the best texts that have `ended` any more; best first."""
+    if not beams or len(ended) < params.beam_width:
+        return not beams
+    hopeful = params.early_stopping == "never" and params.length_penalty > 0     # to grow longest
+    best = beam_score(beams[0], params.max_tokens if hopeful else None)
+    return params.early_stopping is True or best <= beam_score(ended[-1])
 
 
 # ================================================================================================
@@ -1099,51 +1138,66 @@ def sample(logits, seqs):
 
 
 class Engine:
-    """Block pool, scheduler, model and sampler, joined in step()."""
+    """Scheduler, model and sampler, joined in step(); the caches are the memory of its pools."""
 
-    def __init__(self, model, tokenizer, kv_cache, max_num_seqs, max_num_batched_tokens,
+    def __init__(self, scheduler, model, tokenizer, kv_cache, swap_cache, enable_prefix_caching,
                  max_model_len, seed):
-        self.model, self.tokenizer, self.kv_cache = model, tokenizer, kv_cache
-        self.pool = BlockPool(kv_cache.shape[2], kv_cache.shape[3])
-        self.scheduler = Scheduler(self.pool, max_num_seqs, max_num_batched_tokens)
+        self.scheduler, self.pool, self.counts = scheduler, scheduler.pool, scheduler.counts
+        self.model, self.tokenizer = model, tokenizer
+        self.kv_cache, self.swap_cache = kv_cache, swap_cache
+        self.enable_prefix_caching = enable_prefix_caching
         self.max_model_len, self.seeds = max_model_len, random.Random(seed)
-        self.groups = {}                           # request_id -> unfinished group
-        self.request_ids = itertools.count()
-        self.counts = Counter()                    # what stats() reports
+        self.request_ids = itertools.count()       # in order of arrival
+        self.steps_as_last = {}                    # {block_id: steps as a last block}, for stats()
 
     def add_request(self, prompt, params):
         """Queue a prompt, given as text or as token ids -> its request_id.
 
         Raises: ValueError when it can never run; nothing changes then (I5, I7).
         """
-        text, vocab_size = prompt if isinstance(prompt, str) else None, self.model.config.vocab_size
+        config, text = self.model.config, prompt if isinstance(prompt, str) else None
         require(isinstance(prompt, str | list | tuple), "prompt", prompt, "a text or token ids")
-        require(isinstance(params, SamplingParams), "params", params, "SamplingParams")
-        if text is not None or params.stop:
-            require(self.tokenizer, "prompt", prompt,
-                    "token ids, and without stop strings: there is no tokenizer")
-        token_ids = self.tokenizer.encode(text) if text is not None else list(prompt)
-        require(token_ids, "prompt", prompt, "at least one token long")
+        require(isinstance(params, SamplingParams | BeamSearchParams), "params", params,
+                "SamplingParams or BeamSearchParams")
+        require(self.tokenizer or text is None and not params.stop, "prompt", prompt,
+                "token ids, and without stop strings: there is no tokenizer")
+        token_ids = list(prompt) if text is None else self.tokenizer.encode(text)
         for token_id in (*token_ids, *params.stop_token_ids):
-            require(is_int(token_id, 0, vocab_size - 1), "token id", token_id,
-                    f"an integer from 0 to {vocab_size - 1}")
-        require(len(token_ids) < self.max_model_len, "number of prompt tokens", len(token_ids),
-                f"below {self.max_model_len} (max_model_len, or all of the pool's "
+            check("token id", token_id, (int, 0, config.vocab_size - 1))
+        length, size = len(token_ids), self.pool.block_size
+        require(0 < length < self.max_model_len, "number of prompt tokens", length,
+                f"above 0, below {self.max_model_len} (max_model_len, or all of the pool's "
                 f"{self.pool.num_blocks} blocks); shorten it, or raise num_blocks")
-        seed = self.seeds.getrandbits(62) if params.seed is None else params.seed
-        group = SequenceGroup(next(self.request_ids), text, [Sequence(token_ids, params, seed)])
-        self.groups[group.request_id] = group
-        self.scheduler.add(group)
+        params = copy.copy(params)                 # ours, with the limits of model and pool in it
+        params.max_tokens = min(params.max_tokens, self.max_model_len - length)
+        params.stop_token_ids = {*params.stop_token_ids,
+                                 *(() if params.ignore_eos else config.eos_token_id)}
+        if isinstance(params, BeamSearchParams):   # so many that some go on, even if others end
+            params.logprobs = params.beam_width + len(params.stop_token_ids)
+        group = SequenceGroup(next(self.request_ids), text, [Sequence(token_ids, params)])
+        # Several texts share the prompt's full blocks; of the rest each may come to need its own.
+        shared = length // size
+        own = -(-(length + params.max_tokens - 1) // size) - shared
+        most = min((self.pool.num_blocks - shared) // max(own, 1), self.scheduler.max_num_seqs)
+        require(group.width <= max(most, 1), "n or beam_width", group.width,
+                f"at most {most}, or raise num_blocks, max_num_seqs, max_num_batched_tokens")
+        if not self.enable_prefix_caching:
+            group.seqs[0].cache_salt = object()    # shared by its own forks only
+        if params.seed is None:                    # drawn last: a request that was refused has none
+            group.seqs[0].seed = self.seeds.getrandbits(62)
+        self.scheduler.waiting.append(group)
         return group.request_id
 
     def abort(self, request_id):
         """Drop a request and free its blocks; False if it was not there (any more)."""
-        if group := self.groups.pop(request_id, None):
-            self.scheduler.finish(group)
-        return group is not None
+        for group in [*self.scheduler.running, *self.scheduler.waiting]:
+            if group.request_id == request_id:
+                self.scheduler.finish(group)
+                return True
+        return False
 
     def has_unfinished_requests(self):
-        return bool(self.groups)
+        return bool(self.scheduler.running or self.scheduler.waiting)
 
     @torch.inference_mode()
     def step(self, watch=None):
@@ -1151,79 +1205,142 @@ class Engine:
 
         watch(engine) is called at the end, while what finishes still holds its blocks.
         """
-        scheduled = self.scheduler.schedule()
-        if not scheduled:
-            return []
-        batch = make_batch(scheduled, self.pool.block_size, self.kv_cache.device)
-        seqs = [seq for seq, num_new in scheduled if seq.num_kv + num_new == seq.num_tokens]
-        sampled = dict(zip(seqs, sample(self.model(batch, self.kv_cache), seqs), strict=True))
-        # Up to here a step that is interrupted is simply done again. From here on tokens come
-        # first: a num_kv that lags behind is made up for, one that leads would be a hole.
-        for seq, token in sampled.items():
-            self._append_token(seq, *token)
-        for seq, num_new in scheduled:
-            seq.num_kv += num_new
-        self._count_slots(scheduled)
-        if watch:
-            watch(self)
-        moved = [group for group in self.scheduler.running if group.seqs[0] in sampled]
+        # Some have ended and are still there only after a step that was interrupted then.
+        moved = [group for group in self.scheduler.running if not group.unfinished()]
+        if not moved and (scheduled := self.scheduler.schedule()):
+            moved = self._compute(scheduled)
+            self._count(scheduled)
+            if watch:
+                watch(self)
         for group in moved:
-            if all(seq.finish_reason for seq in group.seqs):
-                self.scheduler.finish(self.groups.pop(group.request_id))
+            for seq in group.seqs:
+                if seq.finish_reason:              # its siblings may go on
+                    self.pool.free(seq)
+            if not group.unfinished():
+                self.scheduler.finish(group)
         return [group.output() for group in moved]
 
-    def _append_token(self, seq, token_id, logprob, logprobs):
-        """Add a sampled token; extend the text; set finish_reason if it was the last."""
+    def _compute(self, scheduled):
+        """Run the model once, and sample -> the groups that got a token."""
+        self._move_blocks()
+        batch = make_batch(scheduled, self.pool.block_size, self.kv_cache.device)
+        logits = self.model(batch, self.kv_cache)
+        # Up to here a step that is interrupted is simply done again, and from here on as well: a
+        # sequence that has all its K and V, and no new token, computes its last one once more.
+        for seq, num_new in scheduled:
+            self.pool.publish(seq, num_new)
+            seq.num_kv += num_new
+        moved = [group for group in self.scheduler.running
+                 if all(seq.num_kv == seq.num_tokens for seq in group.unfinished())]
+        self._next_tokens(moved, logits)
+        return moved
+
+    def _move_blocks(self):
+        """Carry out what schedule() decided: swap out, swap in, copy, each all at once."""
+        kv, swap, swap_pool = self.kv_cache, self.swap_cache, self.scheduler.swap_pool
+        for name, pairs, source, target in (("swapped_blocks", swap_pool.arrivals, kv, swap),
+                                            ("swapped_blocks", self.pool.arrivals, swap, kv),
+                                            ("copied_blocks", self.pool.copies, kv, kv)):
+            if pairs:
+                kernels.copy_blocks_reference(source, target, torch.tensor(pairs))
+                self.counts[name] += len(pairs)
+                pairs.clear()
+
+    def _next_tokens(self, groups, logits):
+        """Give every sequence of `groups` its next token; in their order each has its row."""
+        seqs = [seq for group in groups for seq in group.unfinished()]
+        row_of = {seq: row for row, seq in enumerate(seqs)}        # of the logits it goes on from
+        for group in groups:
+            for i in range(len(group.seqs), group.params.n):       # the prompt is done: n texts
+                child = group.seqs[0].fork()
+                child.seed = (child.seed + i) % (1 << 63)
+                self.pool.fork(group.seqs[0], child)
+                group.seqs.append(child)
+                row_of[child] = row_of[group.seqs[0]]
+        self.counts["generated_tokens"] += len(row_of)
+        sampled = dict(zip(row_of, sample(logits[[*row_of.values()]], [*row_of]), strict=True))
+        for group in groups:
+            if isinstance(group.params, BeamSearchParams):
+                self._extend_beams(group, sampled)
+            else:
+                for seq in group.unfinished():
+                    self._append_token(seq, *sampled[seq])
+
+    def _extend_beams(self, group, sampled):
+        """One step of beam search, by the rules of transformers.
+
+        Each beam of the next step is a fork of one of this step. Then those of this step are
+        freed, and with them the blocks that nothing goes on from (paper, Fig 9).
+        """
+        parents, width = group.unfinished(), group.width
+        parent_of = {self._append_token(parent.fork(), token_id, logprob): parent
+                     for parent in parents for token_id, logprob in sampled[parent][2].items()}
+        ranked = sorted(parent_of, key=lambda seq: seq.cumulative_logprob, reverse=True)
+        beams = [seq for seq in ranked if not seq.finish_reason][:width]
+        ended = [seq for seq in group.seqs + ranked[:width] if seq.finish_reason]
+        ended = sorted(ended, key=beam_score, reverse=True)[:width]
+        if beams_are_done(beams, ended, group.params):
+            beams = []
+        group.seqs = beams + ended
+        for seq in group.seqs:
+            if seq in parent_of:                   # not what ended before
+                self.pool.fork(parent_of[seq], seq)
+        for seq in parents:
+            self.pool.free(seq)
+
+    def _append_token(self, seq, token_id, logprob, logprobs=None):
+        """Add a token; show more of the text; set finish_reason if it was the last -> seq."""
         seq.token_ids.append(token_id)
         seq.cumulative_logprob += logprob
         seq.logprobs += [logprobs] if logprobs else []
-        self.counts["generated_tokens"] += 1
-        params, num_generated = seq.params, seq.num_tokens - seq.num_prompt_tokens
-        eos_token_ids = () if params.ignore_eos else self.model.config.eos_token_id
-        if token_id in eos_token_ids or token_id in params.stop_token_ids:
+        if token_id in seq.params.stop_token_ids:
             seq.finish_reason = "stop"             # this token ends the text, and is no part of it
-        elif num_generated >= params.max_tokens or seq.num_tokens == self.max_model_len:
+        elif seq.num_tokens == seq.num_prompt_tokens + seq.params.max_tokens:
             seq.finish_reason = "length"
         if self.tokenizer:
-            new = b"" if seq.finish_reason == "stop" else self.tokenizer.token_bytes(token_id)
-            seq.text += seq.utf8.decode(new, final=bool(seq.finish_reason))
-            if ends := [at for stop in params.stop if (at := seq.text.find(stop)) >= 0]:
-                seq.text, seq.finish_reason = seq.text[:min(ends)], "stop"
+            seq.data += self.tokenizer.token_bytes(token_id) if seq.finish_reason != "stop" else b""
+            # until the end, half a character is not shown, nor what may become a stop string
+            text, _ = codecs.utf_8_decode(seq.data, "replace", bool(seq.finish_reason))
+            if stops := [text.find(stop) for stop in seq.params.stop if stop in text]:
+                seq.finish_reason = "stop"
+            held_back = 0 if seq.finish_reason else max(map(len, seq.params.stop), default=1) - 1
+            seq.text = text[:max(0, min([len(text) - held_back, *stops]))]
+        return seq
 
-    def _count_slots(self, scheduled):
+    def _count(self, scheduled):
         """What the KV memory of this step holds: tokens, or slots not (yet) used (paper, Fig 2).
 
         Only at its end a sequence shows which slots of its last block were for nothing.
         """
-        counts, block_size = self.counts, self.pool.block_size
-        num_held = self.pool.num_blocks - self.pool.num_free
+        counts, pool, size = self.counts, self.pool, self.pool.block_size
+        seqs = [seq for group in self.scheduler.running for seq in group.seqs if seq.block_table]
+        last = {seq.block_table[-1]: seq for seq in seqs}              # a shared one counts once
+        self.steps_as_last = {b: self.steps_as_last.get(b, 0) + 1 for b in last}
+        num_held, num_rows = pool.num_blocks - pool.num_free, sum(len(s.block_table) for s in seqs)
         counts["blocks_peak"] = max(counts["blocks_peak"], num_held)
-        counts["steps"] += 1
-        counts["running"] += len(scheduled)
-        for seq, num_new in scheduled:
-            unused = len(seq.block_table) * block_size - seq.num_kv
-            counts["computed_tokens"] += num_new
-            counts["slots"] += len(seq.block_table) * block_size
-            counts["unused"] += unused
-            began_block = num_new + unused >= block_size
-            seq.steps_in_last_block = 1 if began_block else seq.steps_in_last_block + 1
+        counts.update(steps=1, running=len(self.scheduler.running), slots=num_held * size,
+                      computed_tokens=sum(num_new for _, num_new in scheduled),
+                      saved=1 - num_held / max(1, num_rows))
+        for block_id, seq in last.items():
+            counts["unused"] += -seq.num_kv % size
             if seq.finish_reason:
-                counts["never_used"] += unused * seq.steps_in_last_block
+                counts["never_used"] += -seq.num_kv % size * self.steps_as_last.pop(block_id)
 
     def stats(self):
         """Counters since the start.
 
         The kv_ shares are of all slots in held blocks, summed over the steps: internal ones were
         left empty by a sequence that finished, reserved are all other empty ones, external is
-        memory between pieces.
+        memory between pieces. blocks_saved is the mean share of table rows that needed no block of
+        their own (1 - physical / logical: the paper's Fig 15), mean_running that of Fig 13.
         """
-        c, slots = self.counts, max(1, self.counts["slots"])
-        names = "steps", "computed_tokens", "generated_tokens", "blocks_peak"
-        return {**{name: c[name] for name in names},
-                "mean_running": c["running"] / max(1, c["steps"]),
+        c, slots, steps = self.counts, max(1, self.counts["slots"]), max(1, self.counts["steps"])
+        names = ("steps", "computed_tokens", "generated_tokens", "cached_tokens", "copied_blocks",
+                 "swapped_blocks", "preemptions_recompute", "preemptions_swap", "blocks_peak")
+        return {**{name: c[name] for name in names}, "forks": self.pool.num_forks,
+                "mean_running": c["running"] / steps, "blocks_saved": c["saved"] / steps,
                 "num_blocks": self.pool.num_blocks, "block_size": self.pool.block_size,
                 "blocks_used": self.pool.num_blocks - self.pool.num_free,
-                "preemptions_recompute": self.scheduler.num_preemptions,
                 "kv_tokens": 1 - c["unused"] / slots, "kv_internal": c["never_used"] / slots,
                 "kv_reserved": (c["unused"] - c["never_used"]) / slots,
                 "kv_external": 0.0}                # all pieces have one size
@@ -1234,29 +1351,6 @@ class Engine:
 # ================================================================================================
 
 
-def make_kv_cache(config, dtype, device, block_size, num_blocks, most_tokens, utilization):
-    """The KV cache of num_blocks blocks, or, for None, of as many as are useful and fit.
-
-    Useful are blocks for most_tokens tokens. A GPU has `utilization` of its memory for them, less
-    what is in use; a CPU 1 GiB, or for a given num_blocks all of its memory. There, a block that
-    was never written costs nothing.
-    Raises: MemoryError.
-    """
-    shape = block_size, config.num_key_value_heads, config.head_dim, dtype, device
-    block_bytes = kernels.new_kv_cache(config.num_hidden_layers, 1, *shape).nbytes
-    memory = 1 << 30
-    if num_blocks and hasattr(os, "sysconf"):
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device == "cuda":
-        free, total = torch.cuda.mem_get_info()
-        memory = int(free - total * (1 - utilization))
-    wanted = num_blocks or max(1, min(memory // block_bytes, -(-most_tokens // block_size)))
-    if wanted * block_bytes > memory:
-        raise MemoryError(f"{wanted} KV blocks take {wanted * block_bytes:,} bytes, {device} has "
-                          f"{memory:,} for them; lower num_blocks or block_size")
-    return kernels.new_kv_cache(config.num_hidden_layers, wanted, *shape)
-
-
 class LLM:
     """A model with its tokenizer and engine: generate() takes prompts and returns texts.
 
@@ -1264,23 +1358,25 @@ class LLM:
     """
 
     def __init__(self, model="tiny", device="auto", dtype="auto", block_size=16, num_blocks=None,
-                 gpu_memory_utilization=0.9, max_num_seqs=256, max_num_batched_tokens=8192,
-                 max_model_len=None, seed=0, load_format="auto", skip_tokenizer_init=False,
-                 **unknown):
+                 gpu_memory_utilization=0.9, swap_blocks=0, preemption="auto",
+                 enable_prefix_caching=True, max_num_seqs=256, max_num_batched_tokens=8192,
+                 max_model_len=None, seed=0, load_format="auto", skip_tokenizer_init=False):
         """Load a model and set its KV cache aside.
 
         model: "tiny" (shipped), a folder, or a Hugging Face repo id.
         dtype: "auto" is float32 on a CPU and the checkpoint's on a GPU.
         num_blocks: None is what max_num_seqs longest sequences need, if memory allows.
+        swap_blocks: blocks in the CPU's memory for preempted requests.
+        preemption: "recompute", "swap" (while swap_blocks last, then recompute), or "auto": swap
+            for requests with several sequences, recompute for the others.
         max_model_len: most tokens of prompt and output; None is what model and pool can hold.
         load_format: "dummy" is random weights, for benchmarks.
         Raises: ValueError, FileNotFoundError, OSError, MemoryError with one line each.
         """
-        require(not unknown, "list of unknown settings", sorted(unknown), "empty; see help(LLM)")
         check_limits(locals(), optional=("num_blocks", "max_model_len"))
-        cuda = torch.cuda.is_available()
-        require(device != "cuda" or cuda, "device", device, "cpu: torch finds no CUDA device here")
-        device = "cpu" if device == "cpu" or not cuda else "cuda"
+        require(preemption != "swap" or swap_blocks, "swap_blocks", swap_blocks,
+                "above 0 for preemption='swap'")
+        device = DEVICES[0] if device == "auto" else device
         folder = find_model(model)
         config = load_config(folder)
         if dtype == "auto":
@@ -1288,13 +1384,18 @@ class LLM:
         self.tokenizer = None if skip_tokenizer_init else Tokenizer(folder)
         decoder = load_model(config, folder, device, DTYPES[dtype], load_format)
         most_tokens = max_num_seqs * (max_model_len or config.max_position_embeddings)
-        kv_cache = make_kv_cache(config, DTYPES[dtype], device, block_size, num_blocks, most_tokens,
-                                 gpu_memory_utilization)
+        shape = config.num_key_value_heads, config.head_dim, DTYPES[dtype]
+        kv_cache = kernels.fit_kv_cache(
+            config.num_hidden_layers, num_blocks, block_size, *shape, device,
+            most_blocks=-(-most_tokens // block_size), utilization=gpu_memory_utilization)
+        swap_cache = kernels.fit_kv_cache(config.num_hidden_layers, swap_blocks, block_size, *shape,
+                                          "cpu", pin=device == "cuda")
         longest = min(config.max_position_embeddings, kv_cache.shape[2] * block_size)
-        require((max_model_len or 1) <= longest, "max_model_len", max_model_len,
-                f"at most {longest}, what model and block pool can hold")
-        self.engine = Engine(decoder, self.tokenizer, kv_cache, max_num_seqs,
-                             max_num_batched_tokens, max_model_len or longest, seed)
+        check("max_model_len", max_model_len or longest, (int, 2, longest))
+        scheduler = Scheduler(BlockPool(*kv_cache.shape[2:4]), BlockPool(*swap_cache.shape[2:4]),
+                              preemption, max_num_seqs, max_num_batched_tokens)
+        self.engine = Engine(scheduler, decoder, self.tokenizer, kv_cache, swap_cache,
+                             enable_prefix_caching, max_model_len or longest, seed)
         self.stats = self.engine.stats             # a function: llm.stats()
 
     def generate(self, prompts, sampling_params=None):
@@ -1308,7 +1409,7 @@ class LLM:
         if isinstance(prompts, str) or prompts and isinstance(prompts[0], int):
             prompts = [prompts]
         params = SamplingParams() if sampling_params is None else sampling_params
-        params = [params] * len(prompts) if isinstance(params, SamplingParams) else params
+        params = params if isinstance(params, list | tuple) else [params] * len(prompts)
         require(len(params) == len(prompts), "number of sampling_params", len(params), len(prompts))
         outputs = {}
         try:
@@ -1322,32 +1423,48 @@ class LLM:
                 self.engine.abort(request_id)
         return list(outputs.values())
 
+    def beam_search(self, prompts, params=None):
+        """generate() with beam search: the beam_width likeliest texts a prompt, best first."""
+        return self.generate(prompts, BeamSearchParams() if params is None else params)
+
 
 def draw_blocks(engine):
-    """The pool, a letter for each sequence and a dot for a free block; then every block table."""
-    pool, owner, lines = engine.pool, {}, []
-    seqs = [(group.request_id, seq) for group in engine.scheduler.running for seq in group.seqs]
+    """Print each block table, then the pool: a letter a sequence and a dot a free block."""
+    pool, scheduler, counts, owner = engine.pool, engine.scheduler, engine.counts, {}
+    seqs = [(group.request_id, seq) for group in scheduler.running for seq in group.seqs]
+    lines = [f"step {counts['steps']}: {len(seqs)} running, {len(scheduler.waiting)} waiting, "
+             f"{counts['preemptions_recompute'] + counts['preemptions_swap']} preempted, "
+             f"{pool.num_blocks - pool.num_free} of {pool.num_blocks} blocks held"]
     for request_id, seq in seqs:
         owner |= dict.fromkeys(seq.block_table, letter := chr(ord("a") + request_id % 26))
-        text = engine.tokenizer.decode(seq.token_ids[-8:])
         table = ".. " * (len(seq.block_table) > 12) + " ".join(map(str, seq.block_table[-12:]))
         lines.append(f"  {letter}: request {request_id}, {seq.num_tokens} tokens, {seq.num_kv} "
-                     f"cached in block {table}  {text!r}")
-    for row in sorted({block_id // 64 for block_id in owner}):
-        blocks = range(64 * row, min(64 * row + 64, pool.num_blocks))
-        lines.append(f"  {64 * row:6} " + "".join(owner.get(block_id, ".") for block_id in blocks))
-    head = (f"step {engine.counts['steps']}: {len(seqs)} running, {len(engine.scheduler.waiting)} "
-            f"waiting, {engine.scheduler.num_preemptions} preempted, {len(owner)} of "
-            f"{pool.num_blocks} blocks held")
-    return "\n".join([head, *lines])
+                     f"cached in block {table}  {engine.tokenizer.decode(seq.token_ids[-8:])!r}")
+    drawn = "".join(owner.get(block_id, ".") for block_id in range(pool.num_blocks))
+    for start in sorted({block_id // 64 * 64 for block_id in owner}):
+        lines.append(f"  {start:6} {drawn[start:start + 64]}")
+    print(*lines, sep="\n", file=sys.stderr)
 
 
-REPORT = """\
-{generated_tokens} tokens in {seconds:.2f} s: {speed:.1f} tokens/s; {steps} steps
-blocks of {block_size}: {blocks_peak} at the peak, {blocks_used} now, {num_blocks} in the pool
-KV slots held: {kv_tokens:.1%} tokens, {kv_reserved:.1%} reserved, {kv_internal:.1%} internal and \
+def print_report(engine, seconds):
+    """{generated_tokens} tokens in {seconds:.2f} s: {speed:.1f} tokens/s; {steps} steps
+    blocks of {block_size}: {blocks_peak} at the peak, {blocks_used} now, {num_blocks} in the pool
+    KV slots held: {kv_tokens:.1%} tokens; {kv_reserved:.1%} reserved, {kv_internal:.1%} internal, \
 {kv_external:.1%} external waste
-{preemptions_recompute} preemptions; attention: torch reference on {device}"""
+    {mean_running:.1f} requests at a time; {preemptions_recompute} preemptions by recompute, \
+{preemptions_swap} by swap ({swapped_blocks} blocks)
+    sharing saved {blocks_saved:.1%} of the blocks: {forks} forks, {copied_blocks} copies, \
+{cached_tokens} cached tokens
+    attention: torch reference on {device}"""
+    stats, text = engine.stats(), inspect.cleandoc(print_report.__doc__)     # the text just above
+    print(text.format(**stats, seconds=seconds, speed=stats["generated_tokens"] / seconds,
+                      device=engine.kv_cache.device), file=sys.stderr)
+
+
+def read_text(path):
+    """The text of a file; - is stdin."""
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    return data.decode("utf-8-sig", "replace").replace("\r\n", "\n")
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -1356,7 +1473,7 @@ class CommandLine(argparse.ArgumentParser):
     Texts stream to stdout in the order of their prompts. A report follows on stderr, where that
     is a terminal.
 
-    --prompt TEXT         a text to continue (repeatable; - reads it from stdin)
+    --prompt PROMPT       a text to continue (repeatable; - reads it from stdin)
     --prompts-file FILE   one prompt a line (- is stdin)
     --model NAME          tiny (shipped, the default), a folder, or a Hugging Face repo id
     --chat                prompts are a user's messages, put into the model's chat template
@@ -1372,18 +1489,23 @@ class CommandLine(argparse.ArgumentParser):
     --ignore-eos          go on past the model's end of text
     --logprobs N          with --json: log-probabilities of the top N tokens
     --seed N              same seed, same texts (0)
+    --n N                 texts a prompt (1)
+    --beam WIDTH          the likeliest text by beam search (--json: the WIDTH likeliest)
     --device NAME         cpu, cuda or auto (the default)
     --dtype NAME          float32, bfloat16, float16 or auto (the default)
     --block-size N        tokens a block (16)
     --num-blocks N        blocks in the pool (as many as are useful and fit)
-    --max-num-seqs N      requests that run together (256)
+    --swap-blocks N       blocks in the CPU's memory for preempted requests (0)
+    --preemption NAME     recompute, swap (while --swap-blocks last) or auto (the default): swap for
+                          requests with several texts, recompute for the others
+    --max-num-seqs N      texts that are worked on together (256)
     --max-num-batched-tokens N
                           tokens computed a step (8192)
     --max-model-len N     tokens of prompt and output together (what the model was made for)
     --show-blocks         draw pool and block tables on stderr after each step
     --json                print one JSON object a prompt
     --verbose             report even if stderr is no terminal
-    --help                print this
+    -h, --help            print this
 
     examples:
       python nanopaged.py --prompt "ROMEO:" --show-blocks --block-size 4
@@ -1393,76 +1515,67 @@ class CommandLine(argparse.ArgumentParser):
     """
 
     def __init__(self):
-        super().__init__("nanopaged.py", usage="nanopaged.py --prompt TEXT [--help] [options]",
+        super().__init__(usage="nanopaged.py --prompt PROMPT [--help] [options]",
                          allow_abbrev=False, argument_default=argparse.SUPPRESS)
-        # The docstring above is the help, and declares the options: N is an integer, X a number.
+        # The docstring above is the help, and declares the options; their operands say the kind.
+        kinds = {"N": {"type": int}, "X": {"type": float},
+                 "WIDTH": {"type": int, "dest": "beam_width"},
+                 "": {"action": "store_true", "default": argparse.SUPPRESS},
+                 "PROMPT": {"type": lambda text: read_text(text) if text == "-" else text},
+                 "FILE": {"type": lambda path: re.findall(r".*\S.*", read_text(path)),
+                          "action": "extend", "dest": "prompt"}}
         for option, operand, text in re.findall(r"^ +(--\S+) ?([A-Z]*)(.*)", self.__doc__, re.M):
-            kind = {"N": int, "X": float}.get(operand, str)
-            if operand and "repeatable" in text:
-                self.add_argument(option, action="append", type=kind, default=[])
-            elif operand:
-                self.add_argument(option, type=kind)
-            elif option != "--help":
-                self.add_argument(option, action="store_true", default=False)
-        self.set_defaults(max_tokens=64, temperature=0.8, prompts_file=None)
+            repeat = {"action": "append"} if "repeatable" in text else {}
+            self.add_argument(option, **kinds.get(operand, {}), **repeat)
+        self.set_defaults(prompt=[], max_tokens=64)
 
     def format_help(self):
         return inspect.cleandoc(self.__doc__) + "\n"
 
 
-def read_text(path):
-    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
-    return data.decode("utf-8-sig", "replace").replace("\r\n", "\n")
-
-
-def write_outputs(engine, request_ids, args):
+def write_outputs(engine, request_ids, params, args):
     """Run the engine; stream the texts in the order of `request_ids`, each ended by a newline."""
-    def draw(engine):
-        print(draw_blocks(engine), file=sys.stderr)
-
-    outputs, written = {}, 0
-    stream = not (args.json or args.show_blocks)   # no half lines, and none among the drawings
-    while request_ids:
-        moved = engine.step(draw if args.show_blocks else None)
-        outputs |= {output.request_id: output for output in moved}
-        while (request_ids and (output := outputs.get(request_ids[0]))
-               and (stream or output.finished)):
-            text = json.dumps(asdict(output)) if args.json else output.outputs[0].text
-            print(text[written:], end="\n" * output.finished, flush=True)
-            written = len(text)
-            if not output.finished:
-                break
-            request_ids, written = request_ids[1:], 0
+    # no half lines in JSON, between drawings, or while beams compete
+    whole = {"json", "show_blocks", "beam_width"} & {*vars(args)} or params.n > 1
+    watch, news = draw_blocks if "show_blocks" in args else None, {}
+    for request_id in request_ids:
+        written, output = 0, None
+        while not (output and output.finished):
+            while request_id not in news:          # the others' wait there until it is their turn
+                news |= {moved.request_id: moved for moved in engine.step(watch)}
+            output = news.pop(request_id)
+            if output.finished or not whole:
+                text = "\n".join(text.text for text in output.outputs[:params.n])
+                text = json.dumps(output, default=vars) if "json" in args else text
+                print(text[written:], end="\n" * output.finished, flush=True)
+                written = len(text)
 
 
 def run(args):
     """The command line's work -> exit status."""
-    prompts = [read_text(prompt) if prompt == "-" else prompt for prompt in args.prompt]
-    if args.prompts_file is not None:
-        prompts += [line for line in read_text(args.prompts_file).split("\n") if line.strip()]
-    require(prompts, "number of prompts", 0, "1 or more: --prompt TEXT or --prompts-file FILE")
-    settings, request_ids, status = vars(args), [], 0
-    params = SamplingParams(**{k: v for k, v in settings.items()     # --seed is the engine's
-                               if k in SamplingParams.__match_args__ and k != "seed"})
-    llm = LLM(**{k: v for k, v in settings.items() if k in inspect.signature(LLM).parameters})
-    start = time.perf_counter()
-    for number, prompt in enumerate(prompts, 1):
+    require(args.prompt, "number of prompts", 0, "1 or more, by --prompt or --prompts-file")
+    kind = (BeamSearchParams if "beam_width" in args else
+            functools.partial(SamplingParams, temperature=0.8))
+    # What beam search has not, such as --top-p, its parameters refuse. --seed is the engine's.
+    names = {*SamplingParams.__match_args__, *BeamSearchParams.__match_args__} - {"seed"}
+    with reading("options"):
+        params = kind(**{k: v for k, v in vars(args).items() if k in names})
+    llm = LLM(**{k: v for k, v in vars(args).items() if k in inspect.signature(LLM).parameters})
+    request_ids, start = [], time.perf_counter()
+    for number, prompt in enumerate(args.prompt, 1):
         try:
-            if args.chat:
+            if "chat" in args:
                 chat = llm.tokenizer.render_chat([{"role": "user", "content": prompt}])
                 prompt = llm.tokenizer.encode(chat, allowed_special=True, add_special_tokens=False)
             request_ids.append(llm.engine.add_request(prompt, params))
         except ValueError as error:                # the other prompts go on
             print(f"nanopaged: prompt {number}: {error}", file=sys.stderr)
-            status = 2
     try:
-        write_outputs(llm.engine, request_ids, args)
+        write_outputs(llm.engine, request_ids, params, args)
     finally:
-        if args.verbose or sys.stderr.isatty():
-            stats, seconds = llm.stats(), time.perf_counter() - start
-            print(REPORT.format(**stats, seconds=seconds, speed=stats["generated_tokens"] / seconds,
-                                device=llm.engine.kv_cache.device), file=sys.stderr)
-    return status
+        if "verbose" in args or sys.stderr.isatty():
+            print_report(llm.engine, time.perf_counter() - start)
+    return 0 if len(request_ids) == len(args.prompt) else 2
 
 
 def main(argv=None):

@@ -1,11 +1,22 @@
 """What several test modules share: golden checkpoints, plain sequences, and checked engine runs."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from nanopaged import LLM, SamplingParams, Sequence, SequenceGroup, make_batch
+import kernels
+from nanopaged import (
+    LLM,
+    BlockPool,
+    SamplingParams,
+    Scheduler,
+    Sequence,
+    SequenceGroup,
+    Status,
+    make_batch,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
@@ -16,12 +27,47 @@ torch.set_num_threads(1)       # the matrices are tiny: a second thread costs mo
 
 def make_seq(num_tokens, params=None, seed=0):
     """A sequence that knows `num_tokens` tokens and has none of them in the cache."""
-    return Sequence([1] * num_tokens, params or SamplingParams(), seed)
+    return Sequence([1] * num_tokens, replace(params or SamplingParams(), seed=seed))
 
 
-def make_group(request_id, num_tokens):
-    """A request of one sequence."""
-    return SequenceGroup(request_id, None, [make_seq(num_tokens)])
+def make_group(request_id, num_tokens, **settings):
+    """A request: of one sequence, until its prompt is computed."""
+    return SequenceGroup(request_id, None, [make_seq(num_tokens, SamplingParams(**settings))])
+
+
+def make_scheduler(num_blocks, block_size, max_num_seqs=256, budget=64, swap_blocks=0,
+                   preemption="auto"):
+    """A scheduler over pools of its own."""
+    return Scheduler(BlockPool(num_blocks, block_size), BlockPool(swap_blocks, block_size),
+                     preemption, max_num_seqs, budget)
+
+
+def can_append(pool, seq, num_new):
+    """Whether there is room for `num_new` more tokens of one sequence."""
+    return pool.num_needed([(seq, num_new)]) <= pool.num_free
+
+
+def begin(pool, seq):
+    """Let `seq` begin with what the prefix cache has of it -> number of blocks found."""
+    assert not seq.block_table
+    prefix = pool.find_prefix(seq)
+    pool.hold(seq, prefix, len(prefix) * pool.block_size)
+    return len(prefix)
+
+
+def take_copies(pool):
+    """The copies that are owed before anything is computed: [(from, to), ...], once each."""
+    pairs = list(pool.copies)
+    pool.copies.clear()
+    return pairs
+
+
+def swap(seqs, source, target):
+    """Move sequences from pool `source` to pool `target` -> [(from, to), ...]."""
+    target.take_over(SequenceGroup(0, None, seqs), source)
+    pairs = list(target.arrivals)
+    target.arrivals.clear()
+    return pairs
 
 
 def greedy_params(max_tokens=24, **settings):
@@ -42,16 +88,17 @@ def golden_llm(name, **settings):
     return LLM(str(GOLDEN / "models" / name), skip_tokenizer_init=True, **settings)
 
 
-def run_checked(engine, max_steps=2000, after_step=None):
+def run_checked(engine, max_steps=2000, after_step=None, watch=None):
     """Step until nothing is left, with all invariants checked -> {request_id: last output}.
 
-    after_step(outputs) sees each step's outputs; it may add and abort requests.
+    after_step(outputs) sees each step's outputs; it may add and abort requests. watch(engine) sees
+    each step's end, while what finishes still holds its blocks.
     """
     outputs = {}
     for _ in range(max_steps):
         if not engine.has_unfinished_requests():
             return outputs
-        moved = engine.step()
+        moved = engine.step(watch)
         engine.scheduler.check()
         outputs |= {output.request_id: output for output in moved}
         if after_step:
@@ -59,9 +106,30 @@ def run_checked(engine, max_steps=2000, after_step=None):
     raise AssertionError(f"still running after {max_steps} steps: a deadlock or a livelock")
 
 
+def serve(llm, requests, **hooks):
+    """Add all (prompt, params) at once and run them, checked -> outputs in their order."""
+    ids = [llm.engine.add_request(prompt, params) for prompt, params in requests]
+    outputs = run_checked(llm.engine, **hooks)
+    assert_nothing_left(llm)
+    return [outputs[i] for i in ids]
+
+
 def token_ids(output):
     """The generated tokens of a request that has one sequence."""
     return output.outputs[0].token_ids
+
+
+def all_token_ids(output):
+    """The generated tokens of each text of a request."""
+    return [completion.token_ids for completion in output.outputs]
+
+
+def blocks_needed(block_size, prompt, params):
+    """Blocks that a request takes at its end: what is shared for good, and each text's own."""
+    texts = getattr(params, "beam_width", None) or params.n
+    shared = len(prompt) // block_size
+    own = -(-(len(prompt) + params.max_tokens - 1) // block_size) - shared
+    return shared + own * texts
 
 
 def assert_nothing_left(llm):
@@ -71,10 +139,68 @@ def assert_nothing_left(llm):
     assert llm.stats()["blocks_used"] == 0, "blocks are still held by nobody"
 
 
+def running_seqs(engine):
+    """The sequences that hold blocks of the GPU's pool."""
+    return [seq for group in engine.scheduler.running for seq in group.seqs if seq.block_table]
+
+
+def swapped_groups(engine):
+    return [group for group in engine.scheduler.waiting if group.status is Status.SWAPPED]
+
+
+def swapped_seqs(engine):
+    """The sequences whose blocks are in the CPU's memory."""
+    return [seq for group in swapped_groups(engine) for seq in group.seqs if seq.block_table]
+
+
+def cached_kv(cache, seq):
+    """K and V of a sequence, read through its block table -> (L, 2, num_kv, K, D)."""
+    return cache[:, :, torch.tensor(seq.block_table)].flatten(2, 3)[:, :, :seq.num_kv]
+
+
+def computed_kv(llm, texts):
+    """K and V of texts that no other has shared anything with -> [(L, 2, tokens, K, D), ...]."""
+    engine, kv = llm.engine, []
+    seqs = [Sequence(text, SamplingParams()) for text in texts]
+    for seq in seqs:
+        engine.pool.append(seq, seq.num_tokens)
+    with torch.inference_mode():
+        engine.model(make_batch([(seq, seq.num_tokens) for seq in seqs], engine.pool.block_size,
+                                engine.kv_cache.device), engine.kv_cache)
+    for seq in seqs:
+        seq.num_kv = seq.num_tokens
+        kv.append(cached_kv(engine.kv_cache, seq))
+        engine.pool.free(seq)
+    return kv
+
+
+def spy_on_copies(monkeypatch, seen):
+    """Call seen(source cache, target cache, [(from, to), ...]) before blocks are copied."""
+    copy_blocks = kernels.copy_blocks_reference
+
+    def spy(source, target, pairs):
+        seen(source, target, [tuple(pair) for pair in pairs.tolist()])
+        return copy_blocks(source, target, pairs)
+    monkeypatch.setattr(kernels, "copy_blocks_reference", spy)
+
+
+class Interrupt:
+    """A stand-in for a function, that is interrupted at its n-th call."""
+
+    def __init__(self, function, at, error=KeyboardInterrupt):
+        self.function, self.calls_left, self.error = function, at, error
+
+    def __call__(self, *args, **kwargs):
+        self.calls_left -= 1
+        if self.calls_left == 0:
+            raise self.error
+        return self.function(*args, **kwargs)
+
+
 def all_logits(llm, prompts):
     """The logits of every position of `prompts`, from one batch -> [(number of tokens, V), ...]."""
     engine = llm.engine
-    seqs = [Sequence(prompt, SamplingParams(), 0) for prompt in prompts]
+    seqs = [Sequence(prompt, SamplingParams()) for prompt in prompts]
     for seq in seqs:
         engine.pool.append(seq, seq.num_tokens)
     batch = make_batch([(seq, seq.num_tokens) for seq in seqs], engine.pool.block_size,

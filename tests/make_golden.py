@@ -4,16 +4,17 @@ The tests read only the files, so that they need neither oracle; this script is 
 can see where each number comes from, and make it again:
 
     pip install transformers tokenizers      # beside requirements.txt; made with 5.23.0 and 0.23.3
-    python tests/make_golden.py              # or: models, tokenizers, for one half
+    python tests/make_golden.py              # or: models, beams, tokenizers, for one part
 
 models/NAME      a Hugging Face folder with random weights (numpy's frozen RandomState), in the
                  form that some real checkpoint has; golden.json and golden.safetensors hold what
                  transformers (eager attention, float32) computes from that very folder.
+beams/NAME.json  what transformers' beam search finds with models/NAME, from its prompts.
 tokenizers/NAME  the files of a small trained tokenizer; golden.json holds what the Hugging Face
                  tokenizers library answers for TEXTS.
 
 All is seeded: a second run on one machine writes the same bytes. Another CPU or torch may move the
-logits' last bits, which is why no greedy step is closer than MIN_GAP.
+logits' last bits, which is why no greedy step and no beam's choice is closer than MIN_GAP.
 """
 
 import base64
@@ -29,6 +30,7 @@ from pathlib import Path
 import numpy as np
 import tiktoken
 import torch
+from beam_oracle import ask_transformers
 from safetensors.torch import save_file
 from tokenizers import (
     AddedToken,
@@ -331,7 +333,84 @@ def make_models():
 
 
 # ------------------------------------------------------------------------------------------------
-# B. Tokenizers: the texts
+# B. Beam search
+# ------------------------------------------------------------------------------------------------
+# A case is a prompt of golden.json, a beam width, and (num_eos, length_penalty, early_stopping).
+# The first num_eos of the file's eos_token_ids end a text; for 0 none does (ignore_eos). The ids
+# of config.json hardly ever come, so choose_eos() takes ids that do.
+# Width 1 is transformers' greedy search. That ignores early_stopping, of which "never" matters even
+# for one beam (it may run past the first end for a better one): the two are not combined here.
+BEAM_TOKENS = 14
+BEAM_WIDTHS = (1, 2, 4, 6)
+DEFAULT = (1.0, False)
+PENALTIES = [(0.0, False), (2.0, False), (-0.5, False)]
+STOPPING = [(1.0, True), (1.0, "never"), (-0.5, "never"), (2.0, True)]
+THOROUGH = ("gpt2_openai", "llama_gqa_tied")    # all settings; the other models share them
+
+
+def beam_settings(name):
+    """-> [(num_eos, length_penalty, early_stopping), ...] for a model."""
+    with_eos = [DEFAULT, *PENALTIES, *STOPPING]
+    if name in THOROUGH:
+        return [(0, *DEFAULT), *((n, *setting) for n in (1, 2) for setting in with_eos)]
+    i = list(MODELS).index(name)
+    return [(0, *DEFAULT), (1 + i % 2, *with_eos[i % len(with_eos)]),
+            (2 - i % 2, *with_eos[(i + 3) % len(with_eos)])]
+
+
+@torch.no_grad()
+def choose_eos(model, prompts, vocab_size):
+    """-> the two ids with which most prompts have texts that end early beside texts that do not."""
+    chosen = []
+    for _ in range(2):
+        def variety(token, chosen=tuple(chosen)):
+            answers = [ask_transformers(model, prompt, 4, BEAM_TOKENS, [*chosen, token])[0]
+                       for prompt in prompts]
+            lengths = [{len(text) for _, text in texts} for texts in answers]
+            return sum(len(found) > 1 for found in lengths), len(set().union(*lengths))
+        chosen.append(max((t for t in range(vocab_size) if t not in chosen), key=variety))
+    return chosen
+
+
+@torch.no_grad()
+def make_beam_file(name):
+    """Write beams/NAME.json: all cases of a model but those that are close to a tie."""
+    folder = GOLDEN / "models" / name
+    model, cases, dropped = load_oracle(folder), [], 0
+    prompts = json.loads((folder / "golden.json").read_text())["prompts"]
+    eos_token_ids = choose_eos(model, prompts, model.config.vocab_size)
+    for (num_eos, penalty, stopping), width, i in itertools.product(
+            beam_settings(name), BEAM_WIDTHS, range(len(prompts))):
+        if width == 1 and stopping == "never":
+            continue
+        texts, margin = ask_transformers(model, prompts[i], width, BEAM_TOKENS,
+                                         eos_token_ids[:num_eos], length_penalty=penalty,
+                                         early_stopping=stopping)
+        if margin < MIN_GAP:
+            dropped += 1
+            continue
+        cases.append({"prompt": i, "beam_width": width, "num_eos": num_eos,
+                      "length_penalty": penalty, "early_stopping": stopping,
+                      "token_ids": [text for _, text in texts],
+                      "scores": [round(score, 6) for score, _ in texts]})
+    write_json(GOLDEN / "beams" / f"{name}.json",
+               {"max_tokens": BEAM_TOKENS, "eos_token_ids": eos_token_ids, "cases": cases})
+    early = sum(len(text) < BEAM_TOKENS for case in cases for text in case["token_ids"])
+    print(f"{name}: {len(cases)} cases, {dropped} dropped, eos {eos_token_ids}, {early} of "
+          f"{sum(len(case['token_ids']) for case in cases)} texts end early")
+
+
+def make_beams():
+    """Write a file for every model of MODELS, whose folders must be there."""
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    fresh_folder("beams")
+    for name in MODELS:
+        make_beam_file(name)
+
+
+# ------------------------------------------------------------------------------------------------
+# C. Tokenizers: the texts
 # ------------------------------------------------------------------------------------------------
 # PROSE, VERSE, CODE and SCRIPTS are also what the tokenizers are trained on (see corpus()).
 PROSE = [
@@ -492,7 +571,7 @@ def corpus():
 
 
 # ------------------------------------------------------------------------------------------------
-# B. Tokenizers: the files
+# C. Tokenizers: the files
 # ------------------------------------------------------------------------------------------------
 SMOLLM2_SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<reponame>", "<file_sep>",
@@ -706,6 +785,6 @@ def make_tokenizers():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    parts = {"models": make_models, "tokenizers": make_tokenizers}
+    parts = {"models": make_models, "beams": make_beams, "tokenizers": make_tokenizers}
     for part in sys.argv[1:] or parts:
         parts[part]()

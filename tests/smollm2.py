@@ -409,13 +409,18 @@ NUM_GOLDEN_TOKENS = 12
 # Two right float32 programs differ by some 1e-4 in a logit (sums in another order). A step whose
 # two best logits are closer than this could go either way, and would test nothing.
 MIN_GAP = 2e-3
+# Beam search: of the prompts in the file, one that ends soon, one that ends in a wide search only,
+# and two that go on; the end token (2, by generation_config.json) ends a text.
+BEAM_PROMPTS = (3, 9, 12, 13)
+NUM_BEAM_TOKENS = 24
+BEAM_SETTINGS = ((1, False), (2, False), (4, False), (6, False), (4, True))  # width, early_stopping
 
 
 def write_golden() -> None:
     """Recompute golden/smollm2.json for the prompts that are in it.
 
     Each prompt runs alone through transformers in float32 with eager attention on one thread,
-    greedily, for 12 tokens whether or not the end token is among them.
+    greedily, for 12 tokens whether or not the end token is among them; some also by beam search.
     Needs: transformers (and with it tokenizers). Raises: ValueError for a step that is too close.
     """
     import tokenizers
@@ -427,9 +432,14 @@ def write_golden() -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.float32, attn_implementation="eager"
     )
-    model.generation_config.eos_token_id = None  # never stop early
+    eos_token_id, model.generation_config.eos_token_id = model.generation_config.eos_token_id, None
     prompts = json.loads(GOLDEN.read_text(encoding="utf-8"))["prompts"]
     prompts = [golden_entry(prompt["kind"], prompt["text"], tokenizer, model) for prompt in prompts]
+    beams = [
+        beam_entry(model, prompts, i, width, early_stopping, eos_token_id)
+        for i in BEAM_PROMPTS
+        for width, early_stopping in BEAM_SETTINGS
+    ]
     header = {
         "what": "Greedy continuations of SmolLM2-135M-Instruct by transformers: float32, eager "
         f"attention, one thread, each prompt alone, {NUM_GOLDEN_TOKENS} tokens, no stop at eos",
@@ -441,7 +451,9 @@ def write_golden() -> None:
     }
     # a line a prompt, so that a diff shows which prompt changed
     lines = ",\n".join(json.dumps(prompt, ensure_ascii=False) for prompt in prompts)
-    text = json.dumps(header, indent=0)[:-2] + f',\n"prompts": [\n{lines}\n]\n}}\n'
+    text = json.dumps(header, indent=0)[:-2] + f',\n"prompts": [\n{lines}\n],\n'
+    lines = ",\n".join(json.dumps(beam) for beam in beams)
+    text += f'"beams": [\n{lines}\n]\n}}\n'
     GOLDEN.write_text(text, encoding="utf-8")
 
 
@@ -469,6 +481,30 @@ def golden_entry(kind: str, text: str, tokenizer, model) -> dict:
         "output_ids": output_ids,
         "output_text": tokenizer.decode(output_ids),
         "min_gap": round(min_gap, 5),
+    }
+
+
+def beam_entry(
+    model, prompts: list[dict], i: int, width: int, early_stopping: bool, eos_token_id: int
+) -> dict:
+    """Continue prompt i by beam search (by greedy search for width 1), until the end token."""
+    from beam_oracle import ask_transformers
+
+    prompt_ids = prompts[i]["token_ids"]
+    with torch.no_grad():
+        texts, margin = ask_transformers(
+            model, prompt_ids, width, NUM_BEAM_TOKENS, [eos_token_id], early_stopping=early_stopping
+        )
+    if margin <= MIN_GAP:
+        raise ValueError(f"prompt {i}, width {width}: a choice is {margin:.1e} close: change it")
+    return {
+        "prompt": i,
+        "beam_width": width,
+        "max_tokens": NUM_BEAM_TOKENS,
+        "early_stopping": early_stopping,
+        "token_ids": [token_ids for _, token_ids in texts],
+        "scores": [round(score, 6) for score, _ in texts],
+        "min_gap": round(margin, 5),
     }
 
 

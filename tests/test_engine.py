@@ -11,11 +11,13 @@ from helpers import (
     GOLDEN,
     MODELS,
     ROOT,
+    Interrupt,
     assert_nothing_left,
     golden,
     golden_llm,
     greedy_params,
     run_checked,
+    serve,
     token_ids,
 )
 from safetensors import safe_open
@@ -26,14 +28,6 @@ from nanopaged import LLM, Engine, SamplingParams
 MODEL = "llama_gqa_tied"                               # 131 tokens, 128 positions
 PROMPTS, GREEDY = golden(MODEL)                        # of 1, 7, 16 and 33 tokens; 24 more of each
 LONGEST = 33 + 24
-
-
-def serve(llm, requests):
-    """Add all (prompt, params) at once and run them, checked -> outputs in their order."""
-    ids = [llm.engine.add_request(prompt, params) for prompt, params in requests]
-    outputs = run_checked(llm.engine)
-    assert_nothing_left(llm)
-    return [outputs[i] for i in ids]
 
 
 def snapshots(llm, prompt, params):
@@ -231,24 +225,19 @@ EFFECTS = {
     "stop_token_ids": ({"seed": 1}, {"stop_token_ids": list(range(1, 900, 2))}),
     "ignore_eos": ({"seed": 1}, {"ignore_eos": False}), "logprobs": ({"seed": 1}, {"logprobs": 1}),
     "repetition_penalty": ({"temperature": 0}, {"repetition_penalty": 5.0}),
+    "n": ({"seed": 1}, {"n": 2}),
 }
 
 
-@pytest.mark.parametrize("field", [f.name for f in fields(SamplingParams) if f.name != "n"])
+@pytest.mark.parametrize("field", [f.name for f in fields(SamplingParams)])
 def test_every_option_has_an_effect(field, text_llm):
     """PEERS bug 12: an option that is accepted and dropped. A new one needs a line in EFFECTS."""
     base, change = EFFECTS[field]
     assert list(change) == [field]
     base = {"max_tokens": 30, "ignore_eos": True} | base
-    plain, changed = [text_llm.generate([3, 4, 5], SamplingParams(**settings))[0].outputs[0]
+    plain, changed = [text_llm.generate([3, 4, 5], SamplingParams(**settings))[0].outputs
                       for settings in (base, base | change)]
     assert plain != changed
-
-
-def test_more_than_one_text_is_refused():
-    """PEERS bug 12: n accepted, and one text answered."""
-    with pytest.raises(ValueError, match=r"^n is 2; .*1"):
-        SamplingParams(n=2)
 
 
 @pytest.mark.parametrize("options", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0},
@@ -541,7 +530,8 @@ BAD_PARAMS = [
     ("logprobs", 101), ("repetition_penalty", 0), ("repetition_penalty", -1), ("stop", ""),
     ("stop", ["a", ""]), ("stop", [1]), ("stop", 5), ("stop_token_ids", [-1]),
     ("stop_token_ids", ["a"]), ("stop_token_ids", [True]), ("stop_token_ids", 5),
-    ("ignore_eos", "no"), ("ignore_eos", None), ("n", 0), ("n", 2),
+    ("ignore_eos", "no"), ("ignore_eos", None), ("n", 0), ("n", -1), ("n", 2.0),
+    ("n", "2"), ("n", True), ("n", None),
 ]
 
 
@@ -600,19 +590,6 @@ def test_generate_beside_a_request_of_the_engine(llm):
     assert [token_ids(out) for out in outputs] == [GREEDY[1][:8], GREEDY[2][:8]]
     assert short != long and token_ids(run_checked(llm.engine)[long]) == GREEDY[3]
     assert_nothing_left(llm)
-
-
-class Interrupt:
-    """A stand-in for a function, that is interrupted at its n-th call."""
-
-    def __init__(self, function, at, error=KeyboardInterrupt):
-        self.function, self.calls_left, self.error = function, at, error
-
-    def __call__(self, *args):
-        self.calls_left -= 1
-        if self.calls_left == 0:
-            raise self.error
-        return self.function(*args)
 
 
 @pytest.mark.parametrize("at", [1, 2, 9])
@@ -765,10 +742,18 @@ def test_params_of_another_type_are_refused(llm):
     assert_nothing_left(llm)
 
 
-def test_settings_that_are_not_there_are_refused():
-    """`LLM(enable_prefix_caching=True)`: accepted and dropped, as long as it is not built."""
-    with pytest.raises(ValueError, match="swap_blocks"):
-        golden_llm(MODEL, swap_blocks=4)
+BAD_SETTINGS = [("swap_blocks", -1), ("swap_blocks", None), ("preemption", "copy"),
+                ("preemption", None), ("enable_prefix_caching", "no"), ("max_num_seqs", 0)]
+
+
+@pytest.mark.parametrize("field, value", BAD_SETTINGS, ids=str)
+def test_bad_settings(field, value):
+    """A setting that is accepted and dropped, or fails when the first pool is full."""
+    with pytest.raises(ValueError, match=rf"^{field} ") as error:
+        golden_llm(MODEL, **{field: value})
+    assert repr(value) in str(error.value)
+    with pytest.raises(TypeError, match="no_such_setting"):
+        golden_llm(MODEL, no_such_setting=1)
 
 
 @pytest.mark.parametrize("at", range(1, 9))
@@ -783,3 +768,22 @@ def test_a_step_that_failed_while_tokens_were_added(at, llm, monkeypatch):
     outputs = run_checked(llm.engine)
     assert [token_ids(outputs[i]) for i in ids] == GREEDY
     assert_nothing_left(llm)
+
+
+def test_a_refused_request_changes_no_draw():
+    """I5: a seed that is drawn for a request that cannot run moves those of all that come later."""
+    tokens = []
+    for refused in (0, 2):
+        llm = golden_llm(MODEL, max_num_seqs=3)
+        for _ in range(refused):
+            with pytest.raises(ValueError, match="n or beam_width is 4"):
+                llm.engine.add_request([5], SamplingParams(n=4))
+        tokens.append(token_ids(*llm.generate([5], SamplingParams(max_tokens=12, ignore_eos=True))))
+    assert tokens[0] == tokens[1]
+
+
+def test_an_empty_slot_that_several_texts_share_counts_once(llm):
+    """A block that three texts end in: its unused slot is 1 of 8, and never 3."""
+    serve(llm, [(PROMPTS[1], greedy_params(1, n=3))])
+    stats = llm.stats()
+    assert (stats["kv_internal"], stats["kv_reserved"]) == (1 / 8, 0)

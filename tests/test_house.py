@@ -146,10 +146,11 @@ import sys
 sys.modules["triton"] = None               # as on a Mac: importing it raises ImportError
 import torch
 import kernels, nanopaged
-pool, seq = nanopaged.BlockPool(4, 4), nanopaged.Sequence([1, 2], nanopaged.SamplingParams(), 0)
-scheduler = nanopaged.Scheduler(pool, 8, 8)
-scheduler.add(nanopaged.SequenceGroup(0, None, [seq]))
-assert scheduler.schedule() == [(seq, 2)]
+sys.path.insert(0, "tests")
+import helpers
+group, scheduler = helpers.make_group(0, 2), helpers.make_scheduler(4, 4)
+scheduler.waiting.append(group)
+assert scheduler.schedule() == [(group.seqs[0], 2)]
 cache = kernels.new_kv_cache(1, 2, 4, 1, 8, torch.float32, "cpu")[0]
 x = torch.ones(2, 1, 8)
 kernels.write_kv_reference(x, x, *cache, torch.tensor([4, 5]))

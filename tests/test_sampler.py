@@ -297,6 +297,11 @@ def test_top_k_above_the_vocabulary_keeps_all():
         assert torch.equal(filtered_probs(row(*LOGITS), [SamplingParams(top_k=top_k)]), plain)
 
 
+def test_a_step_that_samples_nothing():
+    """Only chunks of prompts are computed: options of no row that have lost their columns."""
+    assert sample(torch.empty(0, 8), []) == []
+
+
 def test_equal_logits():
     """top_k = 1 that keeps all of the likeliest, or greedy that draws among them."""
     logits = row(1, 2, 2, 2, 0)

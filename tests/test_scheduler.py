@@ -3,17 +3,15 @@
 import random
 
 import pytest
-from helpers import make_group
-
-from nanopaged import BlockPool, Scheduler
+from helpers import make_group, make_scheduler
 
 
 class Play:
     """A scheduler, and an engine that computes nothing: each decode appends the token 1."""
 
     def __init__(self, num_blocks=16, block_size=4, max_num_seqs=256, budget=64):
-        self.pool, self.budget = BlockPool(num_blocks, block_size), budget
-        self.scheduler = Scheduler(self.pool, max_num_seqs, budget)
+        self.scheduler = make_scheduler(num_blocks, block_size, max_num_seqs, budget)
+        self.pool, self.budget = self.scheduler.pool, budget
         self.groups = {}                               # request_id -> unfinished group
         self.ends = {}                                 # request_id -> num_tokens at which it ends
         self.num_steps = 0
@@ -23,7 +21,7 @@ class Play:
         request_id = len(self.ends)
         group = self.groups[request_id] = make_group(request_id, num_tokens)
         self.ends[request_id] = num_tokens + max_tokens
-        self.scheduler.add(group)
+        self.scheduler.waiting.append(group)
         return group.seqs[0]
 
     def abort(self, request_id):
@@ -101,7 +99,7 @@ def test_the_latest_arrival_is_preempted_first():
     assert set(play.step()) == {0, 1, 2}
     assert set(play.step()) == {0, 1}, "0 and 1 need a third block: 2 gives both of its own"
     assert (seqs[2].num_kv, seqs[2].block_table, seqs[2].num_tokens) == (0, [], 9)
-    assert play.scheduler.num_preemptions == 1
+    assert play.scheduler.counts["preemptions_recompute"] == 1
     assert [len(seq.block_table) for seq in seqs] == [3, 3, 0]
 
 
@@ -121,7 +119,7 @@ def test_several_are_preempted_in_one_step():
     assert set(play.step()) == {0, 1, 2, 3}
     assert play.step() == {0: 1, 1: 1}                 # 3 gives its block to 0, then 2 to 1
     assert [len(seq.block_table) for seq in seqs] == [2, 2, 0, 0]
-    assert play.scheduler.num_preemptions == 2
+    assert play.scheduler.counts["preemptions_recompute"] == 2
 
 
 def test_a_preempted_request_goes_before_all_that_wait():
@@ -143,7 +141,7 @@ def test_a_preempted_request_resumes_whole(budget, chunks):
     play = Play(num_blocks=5, budget=budget)
     play.add(8, max_tokens=6)
     seq = play.add(7, max_tokens=20)
-    while not play.scheduler.num_preemptions:
+    while not play.scheduler.counts["preemptions_recompute"]:
         play.step()
         seq.token_ids[:] = range(seq.num_tokens)       # real texts have different tokens
     known = seq.num_tokens
@@ -333,5 +331,5 @@ def test_random_workloads_do_preempt():
             play.add(*size)
         while play.groups:
             play.step()
-        preemptions += play.scheduler.num_preemptions
+        preemptions += play.scheduler.counts["preemptions_recompute"]
     assert preemptions > 100
