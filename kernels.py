@@ -9,10 +9,11 @@ over these maps, and nothing here knows what a request is:
     query_start   (S+1,)  sequence s owns rows query_start[s] : query_start[s+1] of the flat batch
 
 Each operation stands here as a `_reference` in plain torch, which says what it *means* and is what
-the engine calls.
+a CPU runs. Where a Triton kernel does the same on a GPU, it follows its reference.
 
 Dimension key: T tokens of the flat batch, S sequences, M blocks of a table row, N blocks of the
-pool, B block size, H query heads, K KV heads, D head_dim, L layers.
+pool, B block size, H query heads, K KV heads, G = H / K, D head_dim, L layers. In the kernels
+`q_head`, say, is a stride: how many elements lie between a head of q and the next.
 """
 
 import math
@@ -22,9 +23,19 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:        # macOS, Windows: only the references work, the kernels are plain text
+    triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=None)
+
 # Queries are attended in runs of at most this many, so the mask of a long prompt stays small:
 # 512 x 8,192 keys are 16 MB as float32 (times H / K), where 8,192 x 8,192 would be 268 MB.
 MAX_QUERY_RUN = 512
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # triton, too, reads it when imported
+NUM_SMS = 132         # of an H100 or H200. Elsewhere work is cut a little too fine or too coarse
+MIN_PART = 256        # tokens: a shorter part of a context costs more to merge than it saves
 
 
 def new_kv_cache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, device):
@@ -93,6 +104,20 @@ def flat_batch(rows, block_size, device):
     return batch
 
 
+def check_arguments(**arguments):
+    """Refuse what a kernel would misread: each argument is (tensor, shape, dtype[, strides]).
+
+    Any strides will do if none are given, but the last must be 1. Raises: ValueError.
+    """
+    device = next(iter(arguments.values()))[0].device
+    if device.type not in ("cuda", "cpu")[:1 + INTERPRETED] or not hasattr(triton, "cdiv"):
+        raise ValueError(f"no Triton on {device}: set TRITON_INTERPRET=1, or call the _reference")
+    for name, (x, shape, dtype, *strides) in arguments.items():
+        wanted = [dtype, tuple(shape), device, *(strides or [(*x.stride()[:-1], 1)])]
+        if (given := [x.dtype, tuple(x.shape), x.device, x.stride()]) != wanted:
+            raise ValueError(f"{name} must be {wanted} (dtype, shape, device, strides); is {given}")
+
+
 def write_kv_reference(k, v, k_cache, v_cache, slot_mapping):
     """Store the K and V of T tokens in their slots.
 
@@ -104,6 +129,35 @@ def write_kv_reference(k, v, k_cache, v_cache, slot_mapping):
     v_cache.index_put_(where, v)
 
 
+@triton.jit
+def write_kv_kernel(k, v, k_cache, v_cache, slot_mapping, k_token, k_head, v_token, v_head,
+                    c_block, c_slot, c_head, B: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
+                    HEADS: tl.constexpr, DIM: tl.constexpr):
+    """One program a token: all its heads (rows) and their numbers (columns) at once."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token)
+    head, d = tl.arange(0, HEADS)[:, None], tl.arange(0, DIM)[None, :]
+    real = (head < K) & (d < D) & (slot >= 0)
+    where = slot // B * c_block + slot % B * c_slot + head * c_head + d
+    tl.store(k_cache + where, tl.load(k + token * k_token + head * k_head + d, mask=real), real)
+    tl.store(v_cache + where, tl.load(v + token * v_token + head * v_head + d, mask=real), real)
+
+
+def write_kv(k, v, k_cache, v_cache, slot_mapping):
+    """write_kv_reference in one launch: the paper's fused reshape and block write (5.1).
+
+    Besides, a token of slot -1 is not written: the padding of a captured graph.
+    """
+    (T, K, D), (N, B) = k.shape, k_cache.shape[:2]
+    check_arguments(k=(k, (T, K, D), k.dtype), v=(v, (T, K, D), k.dtype),
+                    k_cache=(k_cache, (N, B, K, D), k.dtype),
+                    v_cache=(v_cache, (N, B, K, D), k.dtype, k_cache.stride()),
+                    slot_mapping=(slot_mapping, (T,), torch.int64))
+    write_kv_kernel[(T,)](
+        k, v, k_cache, v_cache, slot_mapping, *k.stride()[:2], *v.stride()[:2],
+        *k_cache.stride()[:3], B, K, D, triton.next_power_of_2(K), triton.next_power_of_2(D))
+
+
 def copy_blocks_reference(source, target, pairs):
     """Copy blocks of one cache to blocks of another, or of the same, in all layers (paper 5.1).
 
@@ -112,6 +166,31 @@ def copy_blocks_reference(source, target, pairs):
     """
     here, there = pairs.T
     target[:, :, there] = source[:, :, here].to(target.device)
+
+
+@triton.jit
+def copy_blocks_kernel(kv_cache, pairs, c_layer, c_kv, c_block, SIZE: tl.constexpr,
+                       CHUNK: tl.constexpr):
+    """One program for each pair, each of the 2L tensors in which it is copied, each chunk."""
+    pair, layer, kv = tl.program_id(0), tl.program_id(1) // 2, tl.program_id(1) % 2
+    i = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
+    base = kv_cache + layer.to(tl.int64) * c_layer + kv.to(tl.int64) * c_kv + i
+    x = tl.load(base + tl.load(pairs + 2 * pair) * c_block, mask=i < SIZE)
+    tl.store(base + tl.load(pairs + 2 * pair + 1) * c_block, x, mask=i < SIZE)
+
+
+def copy_blocks(kv_cache, pairs):
+    """copy_blocks_reference within one cache, all layers in one launch (paper 5.1).
+
+    Shapes: kv_cache (L, 2, N, B, K, D); pairs (P, 2) int64. The destinations are distinct, and
+        none is also a source: the order of the copies is not defined.
+    """
+    L, _, N, B, K, D = kv_cache.shape
+    strides = (*kv_cache.stride()[:3], K * D, D, 1)              # a block is one piece of memory
+    check_arguments(kv_cache=(kv_cache, (L, 2, N, B, K, D), kv_cache.dtype, strides),
+                    pairs=(pairs, (len(pairs), 2), torch.int64, (2, 1)))
+    copy_blocks_kernel[(len(pairs), 2 * L, triton.cdiv(B * K * D, 4096))](
+        kv_cache, pairs, *strides[:3], SIZE=B * K * D, CHUNK=4096)
 
 
 def query_runs(block_tables, context_lens, query_start, block_size):
@@ -180,6 +259,179 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
         y = F.scaled_dot_product_attention(packed.flatten(2, 3), k, v, mask, scale=scale)
         y = y.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4)                      # (S,Q,K,G,D)
         out[rows] = y.flatten(2, 3)
+    return out
+
+
+# ---- the same as a Triton kernel ----------------------------------------------------------------
+# Why: the reference copies all K and V that are read, then reads the copies. The kernel reads each
+# K and V once, where it lies, and keeps scores and softmax on the chip (online softmax: Milakov &
+# Gimelshein 2018, Dao et al. 2022). A decode then takes as long as reading its KV.
+#
+#   rows of one program          the keys of its part of the context, a tile at a time
+#                               +-------------+-------------+--------
+#   query 0: its G heads        |  scores =   |             |          for each tile: look up its
+#   query 1: its G heads        |  q k^T      |             |  . . .   blocks; scores; new maximum;
+#   ... 16 rows, or 64          |             |             |          y = shrink * y + weights v
+#                               +-------------+-------------+--------
+#
+# The G query heads of a KV head are rows of one matrix, so its K and V are read once for all. A
+# tile's tokens are looked up one by one in the block table: block size and tile are independent.
+#
+# A GPU is busy when a few hundred programs run: 64 decodes x 8 KV heads will do; one decode over
+# 8,192 tokens will not. So contexts are cut into parts, and merge_kernel joins their results
+# (FlashDecoding, Dao et al. 2023). The host does not know the lengths (in a captured graph they
+# change and the launch does not); each program finds its item in a list that all derive alike. With
+# tiles of 2 queries, and parts of about 4 key tiles:
+#
+#   sequence    queries    key tiles    query tiles x parts    items
+#      0           1           9               1 x 2           0 1       key tiles 0-3 and 4-8
+#      1           1           3               1 x 1           2
+#      2           0           0                 -             -         padding of a graph
+#      3           5           4               3 x 1           3 4 5     queries 0-1, 2-3 and 4
+#
+# How fine the parts are: either all programs run at once, 2 on each multiprocessor (SM), or, for
+# decodes that do not fit so, there are 12 for each SM, and the last to end leave little idle. In
+# between, a second round would run with most SMs empty. Where tiles alone are that many, only a
+# context that may pass 8,192 tokens is worth the merge: one program would still read it when all
+# others have ended.
+
+
+@triton.jit
+def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out, part_y, part_lse,
+                     places, num_seqs, wanted, min_part, scale, q_token, q_head, c_block, c_slot,
+                     c_head, t_seq, o_token, o_head, G: tl.constexpr, D: tl.constexpr,
+                     B: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr,
+                     DIM: tl.constexpr, SEQS: tl.constexpr, SPLIT: tl.constexpr):
+    """One item of the list, for one KV head: its result goes to `out`, or is a part of it."""
+    # 1. The list: of each sequence, its tiles of queries, its parts, its items.
+    seqs = tl.arange(0, SEQS)
+    starts = tl.load(query_start + seqs, mask=seqs < num_seqs, other=0)
+    ends = tl.load(query_start + seqs + 1, mask=seqs < num_seqs, other=0)
+    query_tiles = tl.cdiv(ends - starts, QUERIES)
+    key_tiles = tl.cdiv(tl.load(context_lens + seqs, mask=seqs < num_seqs, other=0), TILE)
+    size = tl.maximum(tl.cdiv(tl.sum(query_tiles * key_tiles), wanted), min_part)
+    # rounded to the nearest: 33 tiles in parts of 32 stay whole, for a part of 1 is not worth it
+    parts = tl.maximum((key_tiles + size // 2) // size, 1)
+    items = query_tiles * parts
+
+    # 2. This program's item. From the end, as a prompt's last queries read the most keys: the
+    #    longest work goes first. The grid is as large as the list may become.
+    item = tl.sum(items) - 1 - tl.program_id(1)
+    if item < 0:
+        return
+    seq = tl.sum((tl.cumsum(items, 0) <= item).to(tl.int32))
+    num_parts = tl.sum(tl.where(seqs == seq, parts, 0))
+    item_of_seq = item - tl.sum(tl.where(seqs < seq, items, 0))
+    part, first_query = item_of_seq % num_parts, item_of_seq // num_parts * QUERIES
+
+    # 3. Its rows, their q, and its share of the keys that the last of them sees.
+    start, context_len = tl.load(query_start + seq), tl.load(context_lens + seq)
+    num_queries = tl.load(query_start + seq + 1) - start
+    kv_head, row, d = tl.program_id(0), tl.arange(0, ROWS), tl.arange(0, DIM)
+    query, head = first_query + row // G, kv_head * G + row % G
+    real_row = (row < QUERIES * G) & (query < num_queries)
+    real = real_row[:, None] & (d < D)[None, :]
+    token, position = (start + query).to(tl.int64), context_len - num_queries + query
+    seen = context_len - tl.maximum(num_queries - first_query - QUERIES, 0)
+    tiles = tl.cdiv(seen, TILE)
+    first, last = tiles * part // num_parts, tiles * (part + 1) // num_parts
+    # The table is read a tile ahead. Read with its own tile, it would stand before the loads of K
+    # and V, and Triton's pipeline could then not have two tiles on their way.
+    ahead = (first * TILE + tl.arange(0, TILE)).to(tl.uint32)    # unsigned: // 16 is one shift
+    block_ids = tl.load(tables + seq * t_seq + ahead // B, mask=ahead < seen, other=0)
+    qs = tl.load(q + (token * q_token + head * q_head)[:, None] + d[None, :], mask=real, other=0.0)
+
+    # 4. Online softmax over the tiles. `top` starts finite: a row may see no key of a part.
+    top = tl.full([ROWS], -1e30, tl.float32)
+    total, y = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, DIM], tl.float32)
+    for tile in range(first, last):
+        key = (tile * TILE + tl.arange(0, TILE)).to(tl.uint32)
+        slot = block_ids.to(tl.int64) * c_block + key % B * c_slot + kv_head * c_head
+        where, real_kv = slot[:, None] + d[None, :], (key < seen)[:, None] & (d < D)[None, :]
+        ahead = key + TILE
+        block_ids = tl.load(tables + seq * t_seq + ahead // B, mask=ahead < seen, other=0)
+        k = tl.load(k_cache + where, mask=real_kv, other=0.0)
+        v = tl.load(v_cache + where, mask=real_kv, other=0.0)    # 0, for 0 * NaN is NaN
+        scores = tl.dot(qs, k.T, input_precision="ieee")         # (ROWS, TILE); never TF32
+        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1) * scale)
+        weights, shrink = tl.exp2(scores * scale - higher[:, None]), tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        y = tl.dot(weights.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
+        top = higher
+
+    y = y / tl.where(total > 0, total, 1)[:, None]
+    if SPLIT:                                 # tell merge_kernel where the row's parts will lie
+        at, step = (item * tl.num_programs(0) + kv_head) * ROWS + row, tl.num_programs(0) * ROWS
+        place = places + 2 * (token * tl.num_programs(0) * G + head)
+        tl.store(place, at - part * step, mask=real_row & (part == 0))
+        tl.store(place + 1, num_parts, mask=real_row & (part == 0))
+        tl.store(part_lse + at, top + tl.log2(total), mask=real_row)
+        tl.store(part_y + at[:, None] * DIM + d[None, :], y, mask=real & (num_parts > 1))
+    tl.store(out + (token * o_token + head * o_head)[:, None] + d[None, :], y,
+             mask=real & (num_parts == 1))
+
+
+@triton.jit
+def merge_kernel(out, part_y, part_lse, places, query_start, num_seqs, step, o_token, o_head,
+                 D: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr):
+    """One row and head: the results of its parts, each weighted by its share of the softmax."""
+    head, token, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, DIM)
+    place = places + 2 * (token * tl.num_programs(0) + head)
+    at, num_parts = tl.load(place), tl.load(place + 1)
+    if (token >= tl.load(query_start + num_seqs)) | (num_parts == 1):
+        return                                # nobody's row, or its only part has written it
+    top, total, y = -1e30, 0.0, tl.zeros([DIM], tl.float32)
+    for first in range(0, num_parts, PARTS):
+        part = first + tl.arange(0, PARTS)
+        real, here = part < num_parts, at + part * step
+        lse = tl.load(part_lse + here, mask=real, other=float("-inf"))
+        ys = tl.load(part_y + here[:, None] * DIM + d[None, :], mask=real[:, None], other=0.0)
+        higher = tl.maximum(top, tl.max(lse, 0))
+        weights, shrink = tl.exp2(lse - higher), tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weights, 0)
+        y = y * shrink + tl.sum(weights[:, None] * ys, 0)
+        top = higher
+    tl.store(out + token * o_token + head * o_head + d, y / total, mask=d < D)
+
+
+def paged_attention(q, k_cache, v_cache, block_tables, context_lens, query_start, *,
+                    max_query_len, scale, out=None):
+    """paged_attention_reference as a kernel: see there for the meaning, above for the method.
+
+    The launch depends on shapes and max_query_len alone, so it can be captured in a CUDA graph and
+    replayed with other lengths. Rows from query_start[-1] on are left as they are; a query without
+    any key gets zeros. `scale` must be positive.
+    """
+    (T, H, D), (N, B, K, _), (S, M) = q.shape, k_cache.shape, block_tables.shape
+    dtype = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.float32
+    out, G = torch.empty_like(q) if out is None else out, H // K
+    check_arguments(q=(q, (T, K * G, D), dtype), out=(out, (T, H, D), dtype),
+                    k_cache=(k_cache, (N, B, K, D), dtype),
+                    v_cache=(v_cache, (N, B, K, D), dtype, k_cache.stride()),
+                    block_tables=(block_tables, (S, M), torch.int32),
+                    context_lens=(context_lens, (S,), torch.int32),
+                    query_start=(query_start, (S + 1,), torch.int32))
+    # tl.dot takes 16 rows at least, 64 on the fast path; exact float32 is off the tensor cores
+    rows, tile, stages, fit = ((16, 16, 2, 6) if dtype == torch.float32 else
+                               (64, 32, 3, 3) if max_query_len * G > 16 else
+                               (16, 64, 3, 3 if D > 64 else 6))
+    rows, dim = max(rows, triton.next_power_of_2(G)), triton.next_power_of_2(D)
+    items = min(S * triton.cdiv(max_query_len, rows // G), T // (rows // G) + S)
+    wanted = triton.cdiv(NUM_SMS * (12 if rows == 16 and items * K > NUM_SMS * fit else 2), K)
+    split = M * B > (MIN_PART if items < wanted else 8192)
+    items, min_part = (items + wanted, MIN_PART // tile) if split else (items, 1 << 30)
+    part_lse = q.new_empty((items, K, rows) if split else 0, dtype=torch.float32)
+    part_y = q.new_empty((*part_lse.shape, dim), dtype=torch.float32)
+    places = q.new_empty((T, H, 2) if split else 0, dtype=torch.int32)
+    attention_kernel[(K, items)](
+        q, k_cache, v_cache, block_tables, context_lens, query_start, out, part_y, part_lse, places,
+        S, wanted, min_part, scale * math.log2(math.e), *q.stride()[:2], *k_cache.stride()[:3],
+        block_tables.stride(0), *out.stride()[:2], G, D, B, rows, rows // G, tile, dim,
+        max(256, triton.next_power_of_2(S)), split, num_stages=stages)      # 256: few compilations
+    if split:
+        merge_kernel[(H, T)](out, part_y, part_lse, places, query_start, S, K * rows,
+                             *out.stride()[:2], D, dim, PARTS=32, num_warps=2)
     return out
 
 

@@ -1,5 +1,10 @@
-"""kernels.py: the torch references, against a dense computation in float64, one token at a time."""
+"""kernels.py: torch references and Triton kernels, against a dense computation in float64.
 
+The kernels run on a GPU where there is one, else in Triton's interpreter (see conftest.py).
+"""
+
+import functools
+import itertools
 import math
 import random
 
@@ -17,19 +22,20 @@ import kernels
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
-def strided_caches(layout, num_blocks, block_size, num_kv_heads, head_dim, dtype):
+def strided_caches(layout, num_blocks, block_size, num_kv_heads, head_dim, dtype, device="cpu"):
     """K and V caches of logical shape (N, B, K, D), in one of the layouts a kernel may choose."""
     n, b, k, d = num_blocks, block_size, num_kv_heads, head_dim
     if layout == "ours":
-        return kernels.new_kv_cache(2, n, b, k, d, dtype, "cpu")[1]
+        return kernels.new_kv_cache(2, n, b, k, d, dtype, device)[1]
+    empty = functools.partial(torch.empty, dtype=dtype, device=device)
     if layout == "heads first":                       # a head's slots of a block stand together
-        return torch.empty(2, n, k, b, d, dtype=dtype).transpose(2, 3)
+        return empty(2, n, k, b, d).transpose(2, 3)
     if layout == "K beside V":                        # of one block
-        return torch.empty(n, 2, b, k, d, dtype=dtype).transpose(0, 1)
+        return empty(n, 2, b, k, d).transpose(0, 1)
     if layout == "K beside V in a head":
-        return torch.empty(n, b, k, 2, d, dtype=dtype).permute(3, 0, 1, 2, 4)
+        return empty(n, b, k, 2, d).permute(3, 0, 1, 2, 4)
     assert layout == "padded rows"                    # D contiguous, with a gap behind it
-    return torch.empty(2, n, b, k, d + 3, dtype=dtype)[..., :d]
+    return empty(2, n, b, k, d + 3)[..., :d]
 
 
 class Paged:
@@ -40,8 +46,9 @@ class Paged:
     """
 
     def __init__(self, lens, heads=(4, 2), head_dim=8, block_size=4, dtype=torch.float32,
-                 layout="ours", seed=0):
+                 layout="ours", seed=0, device="cpu"):
         rng, gen = random.Random(seed), torch.Generator().manual_seed(seed)
+        self.device, self.padding = device, 2                        # columns behind all tables
         num_heads, num_kv_heads = heads
         self.lens, self.scale = lens, 1.7 / math.sqrt(head_dim)      # not the default scale
         num_blocks = [-(-(past + new) // block_size) for past, new in lens]
@@ -49,12 +56,12 @@ class Paged:
         rng.shuffle(ids)
         self.tables = [[ids.pop() for _ in range(n)] for n in num_blocks]
         self.k_cache, self.v_cache = strided_caches(layout, sum(num_blocks) + 3, block_size,
-                                                    num_kv_heads, head_dim, dtype)
+                                                    num_kv_heads, head_dim, dtype, device)
         self.k_cache.fill_(math.nan)
         self.v_cache.fill_(math.nan)
 
         def normal(*shape):
-            return torch.randn(shape, generator=gen).to(dtype)
+            return torch.randn(shape, generator=gen).to(device, dtype)
 
         num_new = sum(new for _, new in lens)
         self.q = normal(num_new, num_heads, head_dim)
@@ -66,35 +73,36 @@ class Paged:
 
     def write(self):
         """Put the K and V of all tokens into their slots, past and new ones alike."""
-        slots = torch.tensor([slot for slots in self.slots for slot in slots])
+        slots = torch.tensor([slot for slots in self.slots for slot in slots], device=self.device)
         kernels.write_kv_reference(torch.cat(self.keys), torch.cat(self.values), self.k_cache,
                                    self.v_cache, slots)
 
-    def attend(self, **settings):
-        """paged_attention_reference with the maps that the engine would build."""
-        width = max(map(len, self.tables)) + 2
+    def arguments(self):
+        """What the engine would call with: (q, the caches and the maps), the settings."""
+        width = max(map(len, self.tables)) + self.padding
         tables = [table + [10**6 + i for i in range(width - len(table))] for table in self.tables]
-        news = torch.tensor([new for _, new in self.lens])
-        start = torch.cat((torch.zeros(1, dtype=torch.long), news.cumsum(0)))
-        return kernels.paged_attention_reference(
-            self.q, self.k_cache, self.v_cache, torch.tensor(tables, dtype=torch.int32),
-            torch.tensor([past + new for past, new in self.lens], dtype=torch.int32),
-            start.int(), max_query_len=int(news.max()), scale=self.scale, **settings)
+        news = [new for _, new in self.lens]
+        maps = (tables, [past + new for past, new in self.lens], [0, *itertools.accumulate(news)])
+        maps = [torch.tensor(x, dtype=torch.int32, device=self.device) for x in maps]
+        settings = {"max_query_len": max(news), "scale": self.scale}
+        return (self.q, self.k_cache, self.v_cache, *maps), settings
+
+    def attend(self, **settings):
+        """By the reference."""
+        args, kwargs = self.arguments()
+        return kernels.paged_attention_reference(*args, **kwargs, **settings)
 
     def dense(self):
         """The same by the textbook, in float64: for each token and head, over all before it."""
-        out, row = torch.empty(self.q.shape, dtype=torch.float64), 0
-        group = self.q.shape[1] // self.keys[0].shape[1]
-        for (past, new), keys, values in zip(self.lens, self.keys, self.values, strict=True):
-            for position in range(past, past + new):
-                for head in range(self.q.shape[1]):
-                    k = keys[:position + 1, head // group].double()
-                    scores = k @ self.q[row, head].double() * self.scale
-                    weights = (scores - scores.max()).exp()
-                    v = values[:position + 1, head // group].double()
-                    out[row, head] = weights @ v / weights.sum()
-                row += 1
-        return out
+        group, outs = self.q.shape[1] // self.keys[0].shape[1], []
+        queries = self.q.double().split([new for _, new in self.lens])
+        for (past, new), q, *kv in zip(self.lens, queries, self.keys, self.values, strict=True):
+            k, v = (x.double().repeat_interleave(group, dim=1).transpose(0, 1) for x in kv)
+            scores = q.transpose(0, 1) @ k.mT * self.scale                          # (H, new, C)
+            later = torch.ones(new, past + new, device=self.device).triu(past + 1).bool()
+            weights = scores.masked_fill(later, -math.inf).softmax(-1)
+            outs.append((weights @ v).transpose(0, 1))
+        return torch.cat(outs)
 
 
 def assert_attends(paged, **settings):
@@ -284,3 +292,288 @@ def test_the_cache_is_never_copied():
         paged.attend()
     assert 0 < allocations.largest < paged.k_cache.nbytes / 20, allocations.largest
     assert (paged.attend().double() - paged.dense()).abs().max() < TOLERANCE[torch.float32]
+
+
+# ---- the Triton kernels --------------------------------------------------------------------------
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GPU = DEVICE == "cuda"
+# On a GPU hundreds of cases take seconds; the interpreter runs each program line by line.
+NUM_RANDOM = 300 if GPU else 10
+needs_triton = pytest.mark.skipif(
+    not (GPU or kernels.INTERPRETED),
+    reason="no GPU, and no interpreter: it needs triton and numpy, which is none of the five")
+needs_gpu = pytest.mark.skipif(not GPU, reason="no GPU")
+# Relative error of the whole output, |got - want| / |want|. float32: rounding of sums, and exp2
+# to 2 ulp (TF32 would be 3e-4). Else softmax weights and result are rounded once, each by up to
+# 2^-12 (float16) or 2^-9 (bfloat16) of its size.
+RELATIVE = {torch.float32: 1e-5, torch.float16: 6e-4, torch.bfloat16: 4e-3}
+# The interpreter multiplies the bits of bfloat16 as integers: only a GPU can test that type.
+DTYPES = list(RELATIVE) if GPU else [torch.float32, torch.float16]
+
+
+def assert_kernel_attends(paged):
+    """Write and attend by the kernels into poison, twice, and compare with the dense result."""
+    slots = torch.tensor([slot for slots in paged.slots for slot in slots], device=DEVICE)
+    kernels.write_kv(torch.cat(paged.keys), torch.cat(paged.values), paged.k_cache, paged.v_cache,
+                     slots)
+    args, settings = paged.arguments()
+    outs = [torch.full_like(paged.q, math.nan) for _ in range(2)]
+    for out in outs:
+        assert kernels.paged_attention(*args, **settings, out=out) is out
+    want = paged.dense()
+    error = ((outs[0].double() - want).norm() / want.norm()).item()
+    assert error < RELATIVE[paged.q.dtype], f"relative error {error}"       # NaN fails too
+    assert torch.equal(*outs), "the same inputs, other bits"
+
+
+def on_device(lens, **settings):
+    """A Paged that the kernels can take."""
+    return Paged(lens, **{"head_dim": 64, "device": DEVICE} | settings)
+
+
+@pytest.fixture(autouse=not GPU)
+def few_programs(monkeypatch):
+    """Enough for all that can go wrong, where each program takes a millisecond and more."""
+    monkeypatch.setattr(kernels, "NUM_SMS", 3)
+
+
+@pytest.fixture
+def many_parts(monkeypatch):
+    """Contexts of a few hundred tokens are split as only those of many thousand are elsewhere."""
+    monkeypatch.setattr(kernels, "MIN_PART", 64)
+
+
+@needs_triton
+@pytest.mark.parametrize("seed", range(NUM_RANDOM))
+def test_kernel_on_random_batches(seed, monkeypatch):
+    """Any index that is wrong only for some mix of sizes; poison that is read; bits that vary."""
+    rng = random.Random(seed)
+    num_kv_heads, group = rng.choice([(1, 1), (2, 4), (1, 8), (3, 2), (2, 7), (1, 16), (8, 4)])
+    longest = rng.choice([20, 600, 5000] if GPU else [20, 300])
+    lens = []
+    for _ in range(rng.randint(1, 40 if GPU else 4)):
+        past = rng.choice([0, rng.randint(1, longest)])
+        lens.append((past, rng.choice([1, 1, 1, 1, 2, rng.randint(3, 40), 0])))
+    if rng.random() < 0.4:
+        lens = [(past, 1) for past, _ in lens]                       # decodes only
+    lens.append((rng.randint(0, longest), 1))                        # at least one query
+    if rng.random() < 0.5:
+        monkeypatch.setattr(kernels, "MIN_PART", 64)
+    assert_kernel_attends(on_device(
+        lens, heads=(num_kv_heads * group, num_kv_heads), block_size=2 ** rng.randint(0, 8),
+        head_dim=rng.choice([32, 64, 80, 96, 128]), dtype=rng.choice(DTYPES), seed=seed))
+
+
+@needs_triton
+@pytest.mark.parametrize("block_size", [2 ** i for i in range(0, 9, 1 if GPU else 2)])
+def test_kernel_block_sizes(block_size, many_parts):
+    """A tile that must be a block, or a whole number of them; a context that ends with a block."""
+    lens = [(n - 1, 1) for n in (1, *ragged(min(block_size, 32)))] + [(0, 9), (block_size, 3)]
+    assert_kernel_attends(on_device(lens, block_size=block_size, seed=block_size))
+
+
+@needs_triton
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 2), (6, 2), (5, 1), (14, 2), (16, 1),
+                                   (32, 1)])
+def test_kernel_query_heads_that_share_a_kv_head(heads):
+    """Rows of one tile that go to the wrong head where H / K is no power of two, or 16 and more."""
+    assert_kernel_attends(on_device([(70, 1), (0, 20), (3, 4)], heads=heads, seed=sum(heads)))
+
+
+@needs_triton
+@pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 96, 112, 128, 160, 256])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_head_dims(head_dim, dtype):
+    """The padding to a power of two, and a tile that no longer fits in shared memory."""
+    for lens in ([(35, 1), (5, 1)], [(0, 20), (40, 1), (33, 3)]):
+        assert_kernel_attends(on_device(lens, head_dim=head_dim, dtype=dtype, block_size=16))
+
+
+@needs_triton
+@pytest.mark.parametrize("new", [1, 3, 20])
+def test_kernel_splits_long_contexts(new, many_parts):
+    """Parts merged in another order or twice; a part in which a query sees no key: -inf - -inf."""
+    lens = [(900, new), (0, new), (64, 1), (500, new)]
+    assert_kernel_attends(on_device(lens, heads=(2, 1), block_size=16))
+
+
+@needs_triton
+def test_kernel_splits_one_long_context_among_many(many_parts):
+    """A batch of many tiles is split, too, if a table is long: here most rows have one part."""
+    paged = on_device([(i, 1) for i in range(9)] + [(700, 1)] + [(3, 1)] * 3, block_size=256)
+    paged.padding = 40
+    assert_kernel_attends(paged)
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_kernel_at_128k(dtype):
+    """More parts than one program merges at a time; offsets past 32 bits are tested below."""
+    lens = [(131_071, 1), (300, 1), (131_000, 40)]
+    assert_kernel_attends(on_device(lens[:2], block_size=16, dtype=dtype))
+    assert_kernel_attends(on_device(lens, block_size=16, dtype=dtype))
+
+
+@needs_gpu
+def test_kernel_beyond_32_bits():
+    """Offsets in 32 bits: the last blocks of a cache of more than 2^31 elements."""
+    cache = torch.full((2, 70_000, 16, 8, 128), math.nan, dtype=torch.float16, device=DEVICE)
+    paged = on_device([(100, 1), (20, 30)], heads=(16, 8), head_dim=128, block_size=16,
+                      dtype=torch.float16)
+    moved = cache.shape[1] - len(paged.k_cache)
+    paged.k_cache, paged.v_cache = cache
+    paged.tables = [[block_id + moved for block_id in table] for table in paged.tables]
+    paged.slots = [[slot + 16 * moved for slot in slots] for slots in paged.slots]
+    assert_kernel_attends(paged)
+    pair = torch.tensor([[paged.tables[0][0], 0]], device=DEVICE)
+    kernels.copy_blocks(cache[None], pair)
+    assert torch.equal(cache[:, 0], cache[:, paged.tables[0][0]])
+
+
+@needs_triton
+@pytest.mark.parametrize("layout", ["heads first", "K beside V", "K beside V in a head",
+                                    "padded rows"])
+def test_kernel_strides(layout):
+    """Code that takes the cache for contiguous."""
+    assert_kernel_attends(on_device([(0, 20), (11, 1), (300, 1)], layout=layout, block_size=16))
+
+
+@needs_triton
+def test_kernel_skips_what_is_empty():
+    """A captured graph's padding: sequences without context or queries, rows that nobody owns."""
+    paged = on_device([(0, 0), (90, 1), (0, 0), (7, 0), (0, 3), (0, 0)])
+    assert_kernel_attends(paged)
+    on_its_own = on_device([(900, 1), (5, 1)], heads=(2, 1))          # a query without any key
+    args, settings = on_its_own.arguments()
+    args[4][1] = 0
+    on_its_own.write()
+    assert kernels.paged_attention(*args, **settings)[1].eq(0).all()
+    (q, *rest), settings = paged.arguments()
+    padded = torch.cat((q, torch.full_like(q, math.nan)))
+    out = kernels.paged_attention(padded, *rest, **settings, out=torch.full_like(padded, 7))
+    assert torch.equal(out[:4], kernels.paged_attention(q, *rest, **settings))
+    assert out[4:].eq(7).all(), "a row of no sequence was written"
+    nobody = [*rest[:-1], torch.zeros_like(rest[-1])]
+    assert kernels.paged_attention(q[:0], *nobody, **settings).shape == (0, 4, 64)
+
+
+@needs_triton
+def test_kernel_extreme_scores(many_parts):
+    """exp2 of a large score: infinity over infinity."""
+    paged = on_device([(300, 1), (0, 20)])
+    paged.q *= 1e4
+    assert_kernel_attends(paged)
+
+
+@needs_triton
+def test_kernel_out_is_filled():
+    """An `out` that is a view with strides of its own: rows beside it must stay."""
+    paged = on_device([(0, 3), (5, 1)])
+    paged.write()
+    args, settings = paged.arguments()
+    buffer = torch.full((4 + 2, 2, *paged.q.shape[1:]), 7.0, device=DEVICE)
+    kernels.paged_attention(*args, **settings, out=buffer[1:5, 0])
+    assert torch.equal(buffer[1:5, 0], kernels.paged_attention(*args, **settings))
+    assert buffer[[0, 5]].eq(7).all() and buffer[:, 1].eq(7).all()
+
+
+@needs_gpu
+def test_kernel_in_a_graph():
+    """A length that the host read once: the graph replays with other sequences and contexts."""
+    first = on_device([(40, 1), (0, 0), (2000, 1), (9, 1)], block_size=16, seed=1)
+    other = on_device([(1900, 1), (3, 1), (0, 0), (50, 1)], block_size=16, seed=2)  # fewer blocks
+    first.write()
+    args, settings = first.arguments()
+    kernels.paged_attention(*args, **settings)                        # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = kernels.paged_attention(*args, **settings)
+    for paged in (first, other):
+        paged.write()
+        for mine, given in zip(args, paged.arguments()[0], strict=True):
+            mine[tuple(map(slice, given.shape))] = given
+        graph.replay()
+        want = paged.dense()
+        assert (out.double() - want).norm() / want.norm() < RELATIVE[torch.float32]
+
+
+def changed(arguments, index, change):
+    """The arguments with one of them changed."""
+    return [change(x) if i == index else x for i, x in enumerate(arguments)]
+
+
+@needs_triton
+@pytest.mark.parametrize("index, change", [
+    (0, lambda q: q.half()), (0, lambda q: q[:, :3]), (0, lambda q: q[..., :32]),
+    (0, lambda q: q.mT.contiguous().mT), (1, lambda k: k.half()), (1, lambda k: k[:, :3]),
+    (1, lambda k: k.transpose(1, 2).contiguous().transpose(1, 2)), (2, lambda v: v[:-1]),
+    (3, lambda tables: tables.long()), (3, lambda tables: tables[:1]), (4, lambda lens: lens[:1]),
+    (4, lambda lens: lens.float()), (5, lambda start: start[:-1]), (5, lambda start: start[::2]),
+    (1, lambda k: k.to("meta")), (0, lambda q: q.to("meta"))])
+def test_kernel_refuses(index, change):
+    """A wrong dtype, shape, stride or device that reads other memory instead of saying so."""
+    paged = on_device([(5, 1), (3, 1)])
+    paged.write()
+    args, settings = paged.arguments()
+    out = torch.full_like(paged.q, 7)
+    with pytest.raises(ValueError):
+        kernels.paged_attention(*changed(args, index, change), **settings, out=out)
+    assert out.eq(7).all()
+    with pytest.raises(ValueError, match="out must be"):
+        kernels.paged_attention(*args, **settings, out=out[:-1])
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["ours", "heads first", "K beside V", "padded rows"])
+@pytest.mark.parametrize("sizes", [(1, 2, 8), (4, 3, 80), (64, 8, 128)], ids=str)
+def test_write_kv_kernel(sizes, layout, dtype):
+    """A token in another slot than its own, a neighbour overwritten, padding that is written."""
+    block_size, num_kv_heads, head_dim = sizes
+    caches = strided_caches(layout, 7, block_size, num_kv_heads, head_dim, dtype, DEVICE)
+    want = [cache.normal_().clone() for cache in caches]
+    slots = torch.randperm(7 * block_size, device=DEVICE)[:5]
+    qkv = torch.randn(5, 3 * num_kv_heads, head_dim, device=DEVICE).to(dtype)
+    _, k, v = qkv.split(num_kv_heads, dim=1)                          # views, as the model has them
+    kernels.write_kv_reference(k, v, *want, slots)
+    kernels.write_kv(k, v, *caches, slots)
+    kernels.write_kv(k + 1, v, *caches, torch.full_like(slots, -1))   # a graph's padding
+    assert all(torch.equal(*pair) for pair in zip(caches, want, strict=True))
+    for bad in ((k.double(), v, *caches, slots), (k, v[:-1], *caches, slots),
+                (k, v, *caches, slots.int()), (k, v, caches[0], caches[1][:-1], slots)):
+        with pytest.raises(ValueError):
+            kernels.write_kv(*bad)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1, 8), (4, 3, 80), (16, 8, 128)], ids=str)
+def test_copy_blocks_kernel(sizes, dtype):
+    """A layer, or V, left out; a neighbour of the destination overwritten; no pairs at all."""
+    cache = kernels.new_kv_cache(3, 9, *sizes, dtype, DEVICE).normal_()
+    want = cache.clone()
+    for pairs in ([[4, 1]], [[2, 8], [0, 3], [2, 7]], []):
+        pairs = torch.tensor(pairs, dtype=torch.int64, device=DEVICE).view(-1, 2)
+        kernels.copy_blocks_reference(want, want, pairs)
+        kernels.copy_blocks(cache, pairs)
+        assert torch.equal(cache, want)
+    for bad in (pairs.int(), pairs.T, pairs.view(2, 0)):
+        with pytest.raises(ValueError):
+            kernels.copy_blocks(cache, bad)
+    with pytest.raises(ValueError):
+        kernels.copy_blocks(cache[..., ::2], pairs)
+
+
+def test_kernels_refuse_a_cpu(monkeypatch):
+    """A silent fallback: the caller would believe that the kernel ran."""
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    paged = Paged([(5, 1)])
+    args, settings = paged.arguments()
+    for call in (lambda: kernels.paged_attention(*args, **settings),
+                 lambda: kernels.write_kv(paged.q, paged.q, paged.q[None], paged.q[None],
+                                          torch.tensor([0])),
+                 lambda: kernels.copy_blocks(torch.zeros(1, 2, 1, 1, 1, 8),
+                                             torch.tensor([[0, 0]]))):
+        with pytest.raises(ValueError, match="reference"):
+            call()
