@@ -76,12 +76,10 @@ from types import SimpleNamespace
 import regex
 import requests
 import tiktoken
-from jinja2 import TemplateError
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2 import TemplateError, sandbox
 from safetensors import SafetensorError, safe_open
 
-with warnings.catch_warnings():    # torch mentions that numpy, which nothing here uses, is absent
-    warnings.simplefilter("ignore")
+with warnings.catch_warnings(action="ignore"):     # torch's, that numpy is absent: unused here
     import torch
     import torch.nn.functional as F
     from torch import nn
@@ -484,8 +482,8 @@ class Tokenizer:
         path, config = self.folder / "chat_template.jinja", self.folder / "tokenizer_config.json"
         config = read_json(config) if config.is_file() else {}
         source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
-        env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
-                                            extensions=["jinja2.ext.loopcontrols"])
+        env = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
+                                                    extensions=["jinja2.ext.loopcontrols"])
         refuse = functools.partial(require, False, "messages", allowed="as the template wants them")
         env.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
         env.globals |= {key: token["content"] if isinstance(token, dict) else token
