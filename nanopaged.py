@@ -55,7 +55,6 @@ import argparse
 import base64
 import codecs
 import copy
-import functools
 import hashlib
 import inspect
 import itertools
@@ -484,7 +483,9 @@ class Tokenizer:
         source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
         env = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                     extensions=["jinja2.ext.loopcontrols"])
-        refuse = functools.partial(require, False, "messages", allowed="as the template wants them")
+
+        def refuse(complaint):                                 # what a template says of messages
+            raise ValueError(complaint)
         env.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
         env.globals |= {key: token["content"] if isinstance(token, dict) else token
                         for key, token in config.items() if key.endswith("_token") and token}
@@ -1514,12 +1515,10 @@ class CommandLine(argparse.ArgumentParser):
     """
 
     def __init__(self):
-        super().__init__(usage="nanopaged.py --prompt PROMPT [--help] [options]",
-                         allow_abbrev=False, argument_default=argparse.SUPPRESS)
+        super().__init__(usage="nanopaged.py [-h] --prompt PROMPT [options]", allow_abbrev=False)
         # The docstring above is the help, and declares the options; their operands say the kind.
-        kinds = {"N": {"type": int}, "X": {"type": float},
+        kinds = {"N": {"type": int}, "X": {"type": float}, "": {"action": "store_true"},
                  "WIDTH": {"type": int, "dest": "beam_width"},
-                 "": {"action": "store_true", "default": argparse.SUPPRESS},
                  "PROMPT": {"type": lambda text: read_text(text) if text == "-" else text},
                  "FILE": {"type": lambda path: re.findall(r".*\S.*", read_text(path)),
                           "action": "extend", "dest": "prompt"}}
@@ -1535,8 +1534,8 @@ class CommandLine(argparse.ArgumentParser):
 def write_outputs(engine, request_ids, params, args):
     """Run the engine; stream the texts in the order of `request_ids`, each ended by a newline."""
     # no half lines in JSON, between drawings, or while beams compete
-    whole = {"json", "show_blocks", "beam_width"} & {*vars(args)} or params.n > 1
-    watch, news = draw_blocks if "show_blocks" in args else None, {}
+    whole = args.json or args.show_blocks or args.beam_width or params.n > 1
+    watch, news = draw_blocks if args.show_blocks else None, {}
     for request_id in request_ids:
         written, output = 0, None
         while not (output and output.finished):
@@ -1545,7 +1544,7 @@ def write_outputs(engine, request_ids, params, args):
             output = news.pop(request_id)
             if output.finished or not whole:
                 text = "\n".join(text.text for text in output.outputs[:params.n])
-                text = json.dumps(output, default=vars) if "json" in args else text
+                text = json.dumps(output, default=vars) if args.json else text
                 print(text[written:], end="\n" * output.finished, flush=True)
                 written = len(text)
 
@@ -1553,17 +1552,18 @@ def write_outputs(engine, request_ids, params, args):
 def run(args):
     """The command line's work -> exit status."""
     require(args.prompt, "number of prompts", 0, "1 or more, by --prompt or --prompts-file")
-    kind = (BeamSearchParams if "beam_width" in args else
-            functools.partial(SamplingParams, temperature=0.8))
     # What beam search has not, such as --top-p, its parameters refuse. --seed is the engine's.
     names = {*SamplingParams.__match_args__, *BeamSearchParams.__match_args__} - {"seed"}
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    options = {name: given[name] for name in given.keys() & names}
     with reading("options"):
-        params = kind(**{k: v for k, v in vars(args).items() if k in names})
-    llm = LLM(**{k: v for k, v in vars(args).items() if k in inspect.signature(LLM).parameters})
+        params = (BeamSearchParams(**options) if args.beam_width is not None else
+                  SamplingParams(**{"temperature": 0.8} | options))
+    llm = LLM(**{name: given[name] for name in given.keys() & inspect.signature(LLM).parameters})
     request_ids, start = [], time.perf_counter()
     for number, prompt in enumerate(args.prompt, 1):
         try:
-            if "chat" in args:
+            if args.chat:
                 chat = llm.tokenizer.render_chat([{"role": "user", "content": prompt}])
                 prompt = llm.tokenizer.encode(chat, allowed_special=True, add_special_tokens=False)
             request_ids.append(llm.engine.add_request(prompt, params))
@@ -1572,7 +1572,7 @@ def run(args):
     try:
         write_outputs(llm.engine, request_ids, params, args)
     finally:
-        if "verbose" in args or sys.stderr.isatty():
+        if args.verbose or sys.stderr.isatty():
             print_report(llm.engine, time.perf_counter() - start)
     return 0 if len(request_ids) == len(args.prompt) else 2
 
