@@ -190,8 +190,9 @@ def load_tensors(folder, wanted):
     names and shapes were found right in the files' headers.
     Raises: FileNotFoundError, or ValueError that names file, tensor and shapes if one is missing,
         unexpected or of another shape.
-    Cost: files are mapped, not read, and each mapping is dropped after about 4 MB, so that beside
-    the destination the host holds no second copy, not even of one large embedding.
+    Cost: files are mapped, not read, and each mapping is dropped after one tensor. The largest goes
+    first, as memory that was allocated, and not yet written to, takes no room: so the host never
+    holds much more than all the weights, not even beside one large embedding.
     """
     index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
     if index.is_file():
@@ -211,10 +212,9 @@ def load_tensors(folder, wanted):
                     found.append((path, key, wanted[name]))
     for name, shape in missing.items():
         raise ValueError(f"{folder}: tensor {name} {shape} is missing in model.safetensors")
-    for path, key, target in found:
-        for row in range(0, len(target), rows := 1 + (1 << 22) // target[0].nbytes):
-            with safe_open(path, "pt") as file:
-                target[row:row + rows] = file.get_slice(key)[row:row + rows]
+    for path, key, target in sorted(found, key=lambda entry: entry[2].numel(), reverse=True):
+        with safe_open(path, "pt") as file:
+            target.copy_(file.get_tensor(key))
 
 
 def _get(url, byte_range=None):
