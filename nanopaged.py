@@ -132,6 +132,13 @@ def check(name, value, limits):
         require(ok, name, value, f"{kind.__name__} from {low} to {high}")
 
 
+def check_all(settings, limits, optional=()):
+    """Check those of {name: value} that `limits` names; None will do for those in `optional`."""
+    for name, value in settings.items():
+        if name in limits and (value is not None or name not in optional):
+            check(name, value, limits[name])
+
+
 @contextmanager
 def reading(path):
     """Whatever is wrong with the contents of a file becomes one ValueError that names the file."""
@@ -173,8 +180,7 @@ def load_config(folder):
              "sliding_window": 4096 if arch == "MistralForCausalLM" else None,
              "rope_theta": 10000.0, **raw, **rope, "family": FAMILIES[arch],
              "eos_token_id": eos if isinstance(eos, list) else [eos]}
-        for name, limits in COMPUTED.items():
-            check(name, c.get(name), limits)
+        check_all(dict.fromkeys(COMPUTED) | c, COMPUTED)
         for token_id in c["eos_token_id"]:
             check("eos_token_id", token_id, (int, 0, 1 << 31))
         require(c["num_attention_heads"] % c["num_key_value_heads"] == 0, "num_key_value_heads",
@@ -242,9 +248,8 @@ def _fetch(url, path, size, checksum):
                     for chunk in response.iter_content(1 << 16):
                         file.write(chunk)
                         if sys.stderr.isatty():
-                            bar = "#" * (40 * file.tell() // size)
-                            print(f"\r[{bar:40}] {path.name}", end="\n" * (len(bar) >= 40),
-                                  file=sys.stderr, flush=True)
+                            print(f"\r{file.tell() / size:4.0%} of {path.name}", file=sys.stderr,
+                                  end="\n" * (file.tell() >= size), flush=True)
             have = file.seek(0, os.SEEK_END)
             file.seek(0)
             if have == size and hashlib.file_digest(file, hasher.copy).hexdigest() == checksum:
@@ -522,13 +527,6 @@ LIMITS = {
 }
 
 
-def check_limits(settings, optional=()):
-    """Raise a ValueError that names the first of {name: value} outside LIMITS."""
-    for name, value in settings.items():
-        if name in LIMITS and (value is not None or name not in optional):
-            check(name, value, LIMITS[name])
-
-
 @dataclass
 class SamplingParams:
     """How one request turns logits into tokens, and when it ends. Wrong values raise ValueError."""
@@ -546,7 +544,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0       # above 1: tokens of prompt and output become less likely
 
     def __post_init__(self):
-        check_limits(vars(self), optional=("seed", "logprobs"))
+        check_all(vars(self), LIMITS, optional=("seed", "logprobs"))
         for name, kind, low in (("stop", str, "\0"), ("stop_token_ids", int, 0)):
             given = getattr(self, name)
             items = [given] if isinstance(given, str) else given or []
@@ -1373,7 +1371,7 @@ class LLM:
         load_format: "dummy" is random weights, for benchmarks.
         Raises: ValueError, FileNotFoundError, OSError, MemoryError with one line each.
         """
-        check_limits(locals(), optional=("num_blocks", "max_model_len"))
+        check_all(locals(), LIMITS, optional=("num_blocks", "max_model_len"))
         require(preemption != "swap" or swap_blocks, "swap_blocks", swap_blocks,
                 "above 0 for preemption='swap'")
         device = DEVICES[0] if device == "auto" else device
