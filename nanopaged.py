@@ -392,9 +392,8 @@ class Tokenizer:
         """tokenizer.json of the tokenizers library."""
         spec = read_json(path)
         model, pre_tokenizer = spec["model"], spec.get("pre_tokenizer") or {}
-        require(model.get("type", "BPE") == "BPE", "model", model.get("type"), "BPE")
-        for key in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            require(not model.get(key), key, model.get(key), "absent")
+        check_all(model, {"type": ["BPE"], "dropout": [None, 0.0], "end_of_word_suffix": [None, ""],
+                          "continuing_subword_prefix": [None, ""]})
         for token in spec.get("added_tokens", []):
             odd = [key for key in ("lstrip", "rstrip", "single_word") if token.get(key)]
             require(not odd, f"added token {token['content']}", odd, "without these options")
