@@ -61,7 +61,6 @@ import itertools
 import json
 import os
 import random
-import re
 import sys
 import time
 import warnings
@@ -72,7 +71,7 @@ from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 
-import regex
+import regex as re  # the standard library's, and \p{L}: any letter
 import requests
 import tiktoken
 from jinja2 import TemplateError, sandbox
@@ -333,7 +332,7 @@ def split_text(text, patterns):
     """The matches of the first pattern and what lies between, each split by the other patterns."""
     if not patterns:
         return [text]
-    ends = [0, *(at for m in regex.finditer(patterns[0], text) for at in m.span()), len(text)]
+    ends = [0, *(at for m in re.finditer(patterns[0], text) for at in m.span()), len(text)]
     return [piece for a, b in itertools.pairwise(ends) if a < b
             for piece in split_text(text[a:b], patterns[1:])]
 
@@ -453,7 +452,7 @@ class Tokenizer:
         known = self.added | (self.special if allowed_special else {})
         text = text.encode("utf-8", "replace").decode()        # a lone surrogate becomes "?"
         # Sorted backwards, a token comes after those that it starts. "(?!)" matches nothing.
-        pattern = "|".join(map(regex.escape, sorted(known, reverse=True))) or "(?!)"
+        pattern = "|".join(map(re.escape, sorted(known, reverse=True))) or "(?!)"
         ids = list(self.prefix) if add_special_tokens else []
         for i, piece in enumerate(split_text(text, [pattern])):
             ids += [known[piece]] if piece in known else self._encode_ordinary(piece, i == 0)
