@@ -322,10 +322,9 @@ LLAMA3_SPECIAL = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_
                   "<|end_header_id|>": 7, "<|eom_id|>": 8, "<|eot_id|>": 9, "<|python_tag|>": 10}
 
 # Byte-level files spell each byte as one printable character: printable bytes as themselves, the
-# other 68 as the characters from 256 on, in order. {byte: character}, and back
-CHAR_OF = {b: chr(b) for b in (*range(33, 127), *range(161, 173), *range(174, 256))}
-CHAR_OF |= {b: chr(256 + i) for i, b in enumerate(sorted({*range(256)} - CHAR_OF.keys()))}
-BYTE_OF = {char: b for b, char in CHAR_OF.items()}
+# other 68 as the characters from 256 on, in order. (Themselves will do for all when we read it.)
+BYTE_OF = {chr(b): b for b in range(256)}
+BYTE_OF |= {chr(256 + i): b for i, b in enumerate([*range(33), *range(127, 161), 173])}
 
 
 def split_text(text, patterns):
@@ -382,7 +381,7 @@ class Tokenizer:
         data = path.read_bytes().split()                       # token, rank, token, rank, ...
         require(data[1::2] == [b"%d" % i for i in range(max(256, len(data[::2])))], "format",
                 "SentencePiece's, or broken", "tiktoken's; else put tokenizer.json beside it")
-        vocab = {"".join(map(CHAR_OF.get, base64.b64decode(t))): i for i, t in enumerate(data[::2])}
+        vocab = {base64.b64decode(t).decode("latin-1"): i for i, t in enumerate(data[::2])}
         self.special = {text: len(data) // 2 + at for text, at in LLAMA3_SPECIAL.items()}
         self.prefix = [self.special["<|begin_of_text|>"]]
         self._use_model({"vocab": vocab, "merges": [], "ignore_merges": True}, [LLAMA3_SPLIT])
