@@ -16,6 +16,7 @@ pool, B block size, H query heads, K KV heads, G = H / K, D head_dim, L layers. 
 `q_head`, say, is a stride: how many elements lie between a head of q and the next.
 """
 
+import functools
 import math
 import os
 from types import SimpleNamespace
@@ -29,8 +30,8 @@ try:
 except ImportError:        # macOS, Windows: only the references work, the kernels are plain text
     triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=None)
 
-# Queries are attended in runs of at most this many, so the mask of a long prompt stays small:
-# 512 x 8,192 keys are 16 MB as float32 (times H / K), where 8,192 x 8,192 would be 268 MB.
+# The reference attends queries in runs of at most this many, so that the mask of a long prompt
+# stays small: 512 x 8,192 keys are 4 MB (times H / K), where 8,192 x 8,192 would be 67 MB.
 MAX_QUERY_RUN = 512
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # triton, too, reads it when imported
@@ -62,6 +63,7 @@ def fit_kv_cache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dty
     if num_blocks and hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device == "cuda":
+        torch.cuda.empty_cache()                   # what a model that is gone has left
         free, total = torch.cuda.mem_get_info()
         memory = int(free - total * (1 - utilization))
     if num_blocks is None:
@@ -71,37 +73,6 @@ def fit_kv_cache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dty
                           f"{device} has {memory:,}; lower num_blocks, swap_blocks or block_size")
     kv_cache = new_kv_cache(num_layers, num_blocks, *shape)
     return kv_cache.pin_memory() if pin and num_blocks else kv_cache
-
-
-def flat_batch(rows, block_size, device):
-    """One step's tokens one after the other, and the maps that say whose and where they are.
-
-    rows: for each sequence (new token ids, position of the first, block table, whether the logits
-    of its last token are wanted).
-    """
-    batch = SimpleNamespace(
-        input_ids=[],         # (T,)
-        positions=[],         # (T,) place of each token in its own text
-        slot_mapping=[],      # (T,) block_id * B + offset: where its K and V go
-        last_rows=[],         # rows whose logits are wanted
-        block_tables=[],      # (S, M) int32, padded with 0
-        context_lens=[],      # (S,) int32, this step's tokens included
-        query_start=[0])      # (S+1,) int32: row of each sequence's first token, and T
-    num_columns = max(len(table) for _, _, table, _ in rows)               # M
-    for token_ids, first, table, is_wanted in rows:
-        new = range(first, first + len(token_ids))
-        batch.input_ids += token_ids
-        batch.positions += new
-        batch.slot_mapping += [table[i // block_size] * block_size + i % block_size for i in new]
-        batch.block_tables.append(table + [0] * (num_columns - len(table)))
-        batch.context_lens.append(new.stop)
-        batch.query_start.append(len(batch.input_ids))
-        batch.last_rows += [len(batch.input_ids) - 1] * is_wanted
-    for i, (name, values) in enumerate(vars(batch).items()):
-        dtype = torch.int64 if i < 4 else torch.int32
-        setattr(batch, name, torch.tensor(values, dtype=dtype, device=device))
-    batch.max_query_len = max(len(token_ids) for token_ids, *_ in rows)
-    return batch
 
 
 def check_arguments(**arguments):
@@ -193,42 +164,8 @@ def copy_blocks(kv_cache, pairs):
         kv_cache, pairs, *strides[:3], SIZE=B * K * D, CHUNK=4096)
 
 
-def query_runs(block_tables, context_lens, query_start, block_size):
-    """What paged_attention_reference does alike for all layers of a step -> one tuple a run.
-
-    A run is a set of sequences with equally many queries and contexts within 2x of each other, so
-    that it is one dense attention and padding at most doubles its work. All decodes have one
-    query; a long prompt is cut into runs of at most MAX_QUERY_RUN queries.
-
-    Shapes: rows (S, Q) of the flat batch; slots (S, C) of the keys; mask (S, Q, C), or None when
-        every query sees every key.
-    """
-    runs, starts, device = {}, query_start.tolist(), block_tables.device
-    for seq, context_len in enumerate(context_lens.tolist()):
-        end = starts[seq + 1]
-        for row in range(starts[seq], end, MAX_QUERY_RUN):
-            num_queries = min(MAX_QUERY_RUN, end - row)
-            # What the run's last query sees. 5 queries in a context of 9, cut after 2: 9 - 3 = 6.
-            context = context_len - (end - row - num_queries)
-            key = num_queries, context.bit_length()
-            runs.setdefault(key, []).append((seq, row, context))
-    plans = []
-    for (num_queries, _), run in runs.items():
-        seqs, first_row, context = torch.tensor(run, device=device).T[:, :, None]           # (S, 1)
-        query = torch.arange(num_queries, device=device)
-        key_position = torch.arange(max(context for _, _, context in run), device=device)   # (C,)
-        # Past a sequence's end its last token is read again and masked: a slot never written
-        # may hold NaN, and 0 * NaN is NaN. The table's padding is not followed either.
-        readable = torch.minimum(key_position, context - 1)                                 # (S, C)
-        block_ids = block_tables[seqs[:, 0]].long().gather(1, readable // block_size)
-        slots = block_ids * block_size + readable % block_size
-        mask = key_position <= (context - num_queries + query)[:, :, None]
-        plans.append((first_row + query, slots, None if bool(mask.all()) else mask))
-    return plans
-
-
 def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, query_start, *,
-                              max_query_len, scale, out=None, runs=None):
+                              max_query_len, scale, out=None):
     """Causal attention of each sequence's new queries over its own blocks (paper, Eq. 4).
 
     The meaning, for each sequence and head: gather the K and V of its blocks in the table's order,
@@ -238,27 +175,33 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
 
     Shapes: q (T, H, D); k_cache, v_cache (N, B, K, D), any strides; block_tables (S, M);
         context_lens (S,), this step's tokens included; query_start (S+1,) -> (T, H, D).
-        max_query_len is a launch hint that only the kernel needs; runs are query_runs() of the
-        three maps, if the caller has them already.
+        max_query_len is a launch hint that only the kernel needs.
     Cost: copies the K and V that are read, never the rest of the cache.
     """
-    block_size, num_kv_heads, head_dim = k_cache.shape[1:]
     out = torch.empty_like(q) if out is None else out
-    if runs is None:
-        runs = query_runs(block_tables, context_lens, query_start, block_size)
-    for rows, slots, mask in runs:
-        k, v = (cache.reshape(-1, num_kv_heads * head_dim)      # a view, in new_kv_cache's layout
-                .index_select(0, slots.flatten()).view(*slots.shape, num_kv_heads, head_dim)
-                .transpose(1, 2) for cache in (k_cache, v_cache))                   # (S, K, C, D)
-        # The G = H / K query heads that share a KV head become rows of one matrix, so its K and
-        # V are read once for all of them and never repeated in memory.
-        packed = q[rows].unflatten(2, (num_kv_heads, -1)).permute(0, 2, 3, 1, 4)    # (S,K,G,Q,D)
-        group = packed.shape[2]
-        if mask is not None:
-            mask = mask[:, None].expand(-1, group, -1, -1).flatten(1, 2)[:, None]   # (S,1,GQ,C)
-        y = F.scaled_dot_product_attention(packed.flatten(2, 3), k, v, mask, scale=scale)
-        y = y.unflatten(2, (group, -1)).permute(0, 3, 1, 2, 4)                      # (S,Q,K,G,D)
-        out[rows] = y.flatten(2, 3)
+    block_size, num_kv_heads = k_cache.shape[1:3]
+    starts = query_start.tolist()
+    for seq, context_len in enumerate(context_lens.tolist()):
+        # neither the table's padding nor a slot past the context is read: it may hold NaN
+        blocks = block_tables[seq, :-(-context_len // block_size)]
+        k, v = (cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)
+                for cache in (k_cache, v_cache))                                    # (K, C, D)
+        for row in range(starts[seq], starts[seq + 1], MAX_QUERY_RUN):
+            rows = slice(row, min(row + MAX_QUERY_RUN, starts[seq + 1]))
+            num_queries = rows.stop - row
+            # What the last of them sees. 5 queries in a context of 9, cut after 2: 9 - 3 = 6.
+            seen = context_len - (starts[seq + 1] - rows.stop)
+            # The G = H / K query heads that share a KV head become rows of one matrix, so its K
+            # and V are read once for all of them and never repeated in memory.
+            packed = q[rows].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)   # (K, G, Q, D)
+            mask = None                        # a decode sees all
+            if num_queries > 1:
+                mask = torch.ones(num_queries, seen, dtype=torch.bool, device=q.device)
+                mask = mask.tril(seen - num_queries).repeat(packed.shape[1], 1)     # (GQ, seen)
+            y = F.scaled_dot_product_attention(
+                packed.flatten(1, 2)[None], k[None, :, :seen], v[None, :, :seen], mask,
+                scale=scale)                                                        # (1, K, GQ, D)
+            out[rows] = y[0].unflatten(1, (-1, num_queries)).permute(2, 0, 1, 3).flatten(1, 2)
     return out
 
 
@@ -277,6 +220,12 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
 # The G query heads of a KV head are rows of one matrix, so its K and V are read once for all. A
 # tile's tokens are looked up one by one in the block table: block size and tile are independent.
 #
+# Decodes and prompts want other programs. A decode has G rows and waits for memory: 16 rows (the
+# least tl.dot takes), 2 warps, and on each multiprocessor (SM) 5 programs with a tile of 32 KB on
+# its way to each. A prompt waits for the matrix unit: 64 rows (the least of its fast path), 4
+# warps, tiles fetched two ahead, and no mask but on the causal edge. So a mixed batch is two
+# launches, and each leaves the other's sequences out.
+#
 # A GPU is busy when a few hundred programs run: 64 decodes x 8 KV heads will do; one decode over
 # 8,192 tokens will not. So contexts are cut into parts, and merge_kernel joins their results
 # (FlashDecoding, Dao et al. 2023). The host does not know the lengths (in a captured graph they
@@ -289,29 +238,67 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
 #      2           0           0                 -             -         padding of a graph
 #      3           5           4               3 x 1           3 4 5     queries 0-1, 2-3 and 4
 #
-# How fine the parts are: either all programs run at once, 2 on each multiprocessor (SM), or, for
-# decodes that do not fit so, there are 12 for each SM, and the last to end leave little idle. In
-# between, a second round would run with most SMs empty. Where tiles alone are that many, only a
-# context that may pass 8,192 tokens is worth the merge: one program would still read it when all
-# others have ended.
+# How fine: few items are cut into 2 programs for each SM, which all run at once. Where items are
+# `enough` to fill the GPU they stay whole, as long as they are about equally long; else the longest
+# would still be read when all others have ended, and they are cut into 20 for each SM.
+
+
+@triton.jit
+def attend(top, total, y, qs, k_cache, v_cache, table, first, last, seen, position, scale, c_block,
+           c_slot, D: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
+           EDGE: tl.constexpr):
+    """Online softmax over key tiles first to last - 1. EDGE: some keys are not seen by all rows."""
+    d = tl.arange(0, DIM)
+    # The table is read a tile ahead. Read with its own tile, it would stand before the loads of K
+    # and V, and Triton's pipeline could then not have two tiles on their way.
+    ahead = (first * TILE + tl.arange(0, TILE)).to(tl.uint32)    # unsigned: // 16 is one shift
+    block_ids = tl.load(table + ahead // B, mask=ahead < seen, other=0)
+    for tile in range(first, last):
+        key = (tile * TILE + tl.arange(0, TILE)).to(tl.uint32)
+        slot = block_ids.to(tl.int64) * c_block + key % B * c_slot
+        where, real = slot[:, None] + d[None, :], (d < D)[None, :]
+        if EDGE:
+            real = real & (key < seen)[:, None]                  # 0, for 0 * NaN is NaN
+        ahead = key + TILE
+        block_ids = tl.load(table + ahead // B, mask=ahead < seen, other=0)
+        if EDGE or D != DIM:
+            k = tl.load(k_cache + where, mask=real, other=0.0)
+            v = tl.load(v_cache + where, mask=real, other=0.0)
+        else:
+            k, v = tl.load(k_cache + where), tl.load(v_cache + where)
+        scores = tl.dot(qs, k.T, input_precision="ieee")         # (ROWS, TILE); never TF32
+        if EDGE:
+            scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1) * scale)
+        weights, shrink = tl.exp2(scores * scale - higher[:, None]), tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        y = tl.dot(weights.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
+        top = higher
+    return top, total, y
 
 
 @triton.jit
 def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out, part_y, part_lse,
-                     places, num_seqs, wanted, min_part, scale, q_token, q_head, c_block, c_slot,
-                     c_head, t_seq, o_token, o_head, G: tl.constexpr, D: tl.constexpr,
-                     B: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr,
-                     DIM: tl.constexpr, SEQS: tl.constexpr, SPLIT: tl.constexpr):
+                     places, num_seqs, few, enough, wanted, min_part, base, scale, q_token, q_head,
+                     c_block, c_slot, c_head, t_seq, o_token, o_head, G: tl.constexpr,
+                     D: tl.constexpr, B: tl.constexpr, DIM: tl.constexpr, SEQS: tl.constexpr,
+                     SPLIT: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr,
+                     TILE: tl.constexpr, PROMPT: tl.constexpr):
     """One item of the list, for one KV head: its result goes to `out`, or is a part of it."""
     # 1. The list: of each sequence, its tiles of queries, its parts, its items.
     seqs = tl.arange(0, SEQS)
     starts = tl.load(query_start + seqs, mask=seqs < num_seqs, other=0)
-    ends = tl.load(query_start + seqs + 1, mask=seqs < num_seqs, other=0)
-    query_tiles = tl.cdiv(ends - starts, QUERIES)
+    queries = tl.load(query_start + seqs + 1, mask=seqs < num_seqs, other=0) - starts
+    query_tiles = tl.where((queries > few) == PROMPT, tl.cdiv(queries, QUERIES), 0)
     key_tiles = tl.cdiv(tl.load(context_lens + seqs, mask=seqs < num_seqs, other=0), TILE)
-    size = tl.maximum(tl.cdiv(tl.sum(query_tiles * key_tiles), wanted), min_part)
-    # rounded to the nearest: 33 tiles in parts of 32 stay whole, for a part of 1 is not worth it
-    parts = tl.maximum((key_tiles + size // 2) // size, 1)
+    parts = tl.full([SEQS], 1, tl.int32)
+    if SPLIT:
+        count, work = tl.sum(query_tiles), tl.sum(query_tiles * key_tiles)
+        size, longest = tl.maximum(tl.cdiv(work, wanted), min_part), tl.max(key_tiles)
+        # about equally long: the longest is less than 1.25 times the mean
+        size = tl.where((count >= enough) & (count * longest < work * 5 // 4), longest, size)
+        # rounded to the nearest: 33 tiles in parts of 32 stay whole, a part of 1 is not worth it
+        parts = tl.maximum((key_tiles + size // 2) // tl.maximum(size, 1), 1)
     items = query_tiles * parts
 
     # 2. This program's item. From the end, as a prompt's last queries read the most keys: the
@@ -332,40 +319,34 @@ def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out
     real_row = (row < QUERIES * G) & (query < num_queries)
     real = real_row[:, None] & (d < D)[None, :]
     token, position = (start + query).to(tl.int64), context_len - num_queries + query
+    qs = tl.load(q + (token * q_token + head * q_head)[:, None] + d[None, :], mask=real, other=0.0)
     seen = context_len - tl.maximum(num_queries - first_query - QUERIES, 0)
     tiles = tl.cdiv(seen, TILE)
     first, last = tiles * part // num_parts, tiles * (part + 1) // num_parts
-    # The table is read a tile ahead. Read with its own tile, it would stand before the loads of K
-    # and V, and Triton's pipeline could then not have two tiles on their way.
-    ahead = (first * TILE + tl.arange(0, TILE)).to(tl.uint32)    # unsigned: // 16 is one shift
-    block_ids = tl.load(tables + seq * t_seq + ahead // B, mask=ahead < seen, other=0)
-    qs = tl.load(q + (token * q_token + head * q_head)[:, None] + d[None, :], mask=real, other=0.0)
 
-    # 4. Online softmax over the tiles. `top` starts finite: a row may see no key of a part.
+    # 4. Attend. `top` starts finite: a row may see no key of a part.
+    k_cache += kv_head * c_head
+    v_cache += kv_head * c_head
+    tables += seq * t_seq
     top = tl.full([ROWS], -1e30, tl.float32)
     total, y = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, DIM], tl.float32)
-    for tile in range(first, last):
-        key = (tile * TILE + tl.arange(0, TILE)).to(tl.uint32)
-        slot = block_ids.to(tl.int64) * c_block + key % B * c_slot + kv_head * c_head
-        where, real_kv = slot[:, None] + d[None, :], (key < seen)[:, None] & (d < D)[None, :]
-        ahead = key + TILE
-        block_ids = tl.load(tables + seq * t_seq + ahead // B, mask=ahead < seen, other=0)
-        k = tl.load(k_cache + where, mask=real_kv, other=0.0)
-        v = tl.load(v_cache + where, mask=real_kv, other=0.0)    # 0, for 0 * NaN is NaN
-        scores = tl.dot(qs, k.T, input_precision="ieee")         # (ROWS, TILE); never TF32
-        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1) * scale)
-        weights, shrink = tl.exp2(scores * scale - higher[:, None]), tl.exp2(top - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        y = tl.dot(weights.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
-        top = higher
+    if PROMPT:                                # tiles that every row sees whole need no mask
+        whole = (context_len - num_queries + first_query + 1) // TILE
+        whole = tl.minimum(tl.maximum(whole, first), last)
+        top, total, y = attend(top, total, y, qs, k_cache, v_cache, tables, first, whole, seen,
+                               position, scale, c_block, c_slot, D, B, TILE, DIM, False)
+        first = whole
+    top, total, y = attend(top, total, y, qs, k_cache, v_cache, tables, first, last, seen,
+                           position, scale, c_block, c_slot, D, B, TILE, DIM, True)
 
     y = y / tl.where(total > 0, total, 1)[:, None]
     if SPLIT:                                 # tell merge_kernel where the row's parts will lie
-        at, step = (item * tl.num_programs(0) + kv_head) * ROWS + row, tl.num_programs(0) * ROWS
-        place = places + 2 * (token * tl.num_programs(0) * G + head)
+        step = tl.num_programs(0) * ROWS
+        at = base + (item * tl.num_programs(0) + kv_head) * ROWS + row
+        place = places + 3 * (token * tl.num_programs(0) * G + head)
         tl.store(place, at - part * step, mask=real_row & (part == 0))
         tl.store(place + 1, num_parts, mask=real_row & (part == 0))
+        tl.store(place + 2, step, mask=real_row & (part == 0))
         tl.store(part_lse + at, top + tl.log2(total), mask=real_row)
         tl.store(part_y + at[:, None] * DIM + d[None, :], y, mask=real & (num_parts > 1))
     tl.store(out + (token * o_token + head * o_head)[:, None] + d[None, :], y,
@@ -373,12 +354,12 @@ def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out
 
 
 @triton.jit
-def merge_kernel(out, part_y, part_lse, places, query_start, num_seqs, step, o_token, o_head,
+def merge_kernel(out, part_y, part_lse, places, query_start, num_seqs, o_token, o_head,
                  D: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr):
     """One row and head: the results of its parts, each weighted by its share of the softmax."""
     head, token, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, DIM)
-    place = places + 2 * (token * tl.num_programs(0) + head)
-    at, num_parts = tl.load(place), tl.load(place + 1)
+    place = places + 3 * (token * tl.num_programs(0) + head)
+    at, num_parts, step = tl.load(place), tl.load(place + 1), tl.load(place + 2)
     if (token >= tl.load(query_start + num_seqs)) | (num_parts == 1):
         return                                # nobody's row, or its only part has written it
     top, total, y = -1e30, 0.0, tl.zeros([DIM], tl.float32)
@@ -395,6 +376,37 @@ def merge_kernel(out, part_y, part_lse, places, query_start, num_seqs, step, o_t
     tl.store(out + token * o_token + head * o_head + d, y / total, mask=d < D)
 
 
+def attention_launches(T, S, K, G, dim, longest, max_query_len, short):
+    """What is launched for decodes, and for prompts if there may be any; by the rules above.
+
+    T, S, K, G as everywhere; longest: tokens that a table has room for; short: a 16-bit type.
+    -> [(grid, the scalars and the sizes of attention_kernel, options)], whether contexts are split,
+    rows of parts.
+    """
+    few, enough = max(16 // G, 1), triton.cdiv(3 * NUM_SMS // 2, K)
+    launches, split, num_parts = [], False, 0
+    for prompt in [False, True][:1 + (max_query_len > few)]:
+        rows = max(64 if prompt and short else 16, triton.next_power_of_2(G))
+        queries = rows // G
+        items = min(S * triton.cdiv(max_query_len if prompt else few, queries), T // queries + S)
+        many, min_part = items >= enough, 1 << 30
+        if not short:          # exact float32 is off the tensor cores: large tiles gain nothing
+            tile, warps, stages = 16, 2, 2
+        elif prompt:           # half of the last tile is masked: not too large a tile
+            tile, warps, stages = 32 if longest < 1024 else 64, 4 if dim <= 128 else 8, 3
+        else:                  # where programs are few, each needs more on its way
+            tile, warps, stages = (64, 2, 2) if many and dim <= 128 else (32, 2, 3)
+        wanted = triton.cdiv(NUM_SMS * (20 if many else 2), K)
+        # The merge has its price: 4,096 tokens are soon read, whoever ends last; and beside a long
+        # prompt it would look through too many rows.
+        if longest > (4096 if many else MIN_PART) and not (many and prompt) and T <= 1024:
+            items, min_part, split = items + wanted, MIN_PART // tile, True
+        launches.append(((K, items), (S, few, enough, wanted, min_part, num_parts),
+                         (rows, queries, tile, prompt), {"num_warps": warps, "num_stages": stages}))
+        num_parts += items * K * rows
+    return launches, split, num_parts if split else 0
+
+
 def paged_attention(q, k_cache, v_cache, block_tables, context_lens, query_start, *,
                     max_query_len, scale, out=None):
     """paged_attention_reference as a kernel: see there for the meaning, above for the method.
@@ -406,33 +418,65 @@ def paged_attention(q, k_cache, v_cache, block_tables, context_lens, query_start
     (T, H, D), (N, B, K, _), (S, M) = q.shape, k_cache.shape, block_tables.shape
     dtype = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.float32
     out, G = torch.empty_like(q) if out is None else out, H // K
+    dim = max(16, triton.next_power_of_2(D))
     check_arguments(q=(q, (T, K * G, D), dtype), out=(out, (T, H, D), dtype),
                     k_cache=(k_cache, (N, B, K, D), dtype),
                     v_cache=(v_cache, (N, B, K, D), dtype, k_cache.stride()),
                     block_tables=(block_tables, (S, M), torch.int32),
                     context_lens=(context_lens, (S,), torch.int32),
                     query_start=(query_start, (S + 1,), torch.int32))
-    # tl.dot takes 16 rows at least, 64 on the fast path; exact float32 is off the tensor cores
-    rows, tile, stages, fit = ((16, 16, 2, 6) if dtype == torch.float32 else
-                               (64, 32, 3, 3) if max_query_len * G > 16 else
-                               (16, 64, 3, 3 if D > 64 else 6))
-    rows, dim = max(rows, triton.next_power_of_2(G)), triton.next_power_of_2(D)
-    items = min(S * triton.cdiv(max_query_len, rows // G), T // (rows // G) + S)
-    wanted = triton.cdiv(NUM_SMS * (12 if rows == 16 and items * K > NUM_SMS * fit else 2), K)
-    split = M * B > (MIN_PART if items < wanted else 8192)
-    items, min_part = (items + wanted, MIN_PART // tile) if split else (items, 1 << 30)
-    part_lse = q.new_empty((items, K, rows) if split else 0, dtype=torch.float32)
-    part_y = q.new_empty((*part_lse.shape, dim), dtype=torch.float32)
-    places = q.new_empty((T, H, 2) if split else 0, dtype=torch.int32)
-    attention_kernel[(K, items)](
-        q, k_cache, v_cache, block_tables, context_lens, query_start, out, part_y, part_lse, places,
-        S, wanted, min_part, scale * math.log2(math.e), *q.stride()[:2], *k_cache.stride()[:3],
-        block_tables.stride(0), *out.stride()[:2], G, D, B, rows, rows // G, tile, dim,
-        max(256, triton.next_power_of_2(S)), split, num_stages=stages)      # 256: few compilations
+    launches, split, num_parts = attention_launches(T, S, K, G, dim, M * B, max_query_len,
+                                                    dtype != torch.float32)
+    part_lse = q.new_empty(num_parts, dtype=torch.float32)
+    part_y = q.new_empty(num_parts, dim, dtype=torch.float32)
+    places = q.new_empty((T, H, 3) if split else 0, dtype=torch.int32)
+    num_columns = 16 if S <= 16 else max(256, triton.next_power_of_2(S))     # few compilations
+    for grid, scalars, sizes, options in launches:
+        attention_kernel[grid](
+            q, k_cache, v_cache, block_tables, context_lens, query_start, out, part_y, part_lse,
+            places, *scalars, scale * math.log2(math.e), *q.stride()[:2], *k_cache.stride()[:3],
+            block_tables.stride(0), *out.stride()[:2], G, D, B, dim, num_columns, split, *sizes,
+            **options)
     if split:
-        merge_kernel[(H, T)](out, part_y, part_lse, places, query_start, S, K * rows,
-                             *out.stride()[:2], D, dim, PARTS=32, num_warps=2)
+        merge_kernel[(H, T)](out, part_y, part_lse, places, query_start, S, *out.stride()[:2],
+                             D, dim, PARTS=32, num_warps=2)
     return out
+
+
+def flat_batch(rows, block_size, device):
+    """One step's tokens one after the other, and the maps that say whose and where they are.
+
+    rows: for each sequence (new token ids, position of the first, block table, whether the logits
+    of its last token are wanted). `write_kv` and `attend` are the kernels on a GPU, elsewhere the
+    references.
+    """
+    batch = SimpleNamespace(
+        input_ids=[],         # (T,)
+        positions=[],         # (T,) place of each token in its own text
+        slot_mapping=[],      # (T,) block_id * B + offset: where its K and V go
+        last_rows=[],         # rows whose logits are wanted
+        block_tables=[],      # (S, M) int32, padded with 0
+        context_lens=[],      # (S,) int32, this step's tokens included
+        query_start=[0])      # (S+1,) int32: row of each sequence's first token, and T
+    num_columns = max(len(table) for _, _, table, _ in rows)               # M
+    for token_ids, first, table, is_wanted in rows:
+        new = range(first, first + len(token_ids))
+        batch.input_ids += token_ids
+        batch.positions += new
+        batch.slot_mapping += [table[i // block_size] * block_size + i % block_size for i in new]
+        batch.block_tables.append(table + [0] * (num_columns - len(table)))
+        batch.context_lens.append(new.stop)
+        batch.query_start.append(len(batch.input_ids))
+        batch.last_rows += [len(batch.input_ids) - 1] * is_wanted
+    for dtype, (name, values) in zip([torch.int64] * 4 + [torch.int32] * 3, vars(batch).items(),
+                                     strict=True):
+        setattr(batch, name, torch.tensor(values, dtype=dtype, device=device))
+    batch.write_kv, attention = ((write_kv, paged_attention) if device.type == "cuda" else
+                                 (write_kv_reference, paged_attention_reference))
+    batch.attend = functools.partial(
+        attention, block_tables=batch.block_tables, context_lens=batch.context_lens,
+        query_start=batch.query_start, max_query_len=max(len(token_ids) for token_ids, *_ in rows))
+    return batch
 
 
 def rope_frequencies(head_dim, rope):
@@ -534,24 +578,3 @@ def top_logprobs_reference(logprobs, row, token_id, num):
         return None
     token_ids = [token_id, *logprobs[row].topk(min(num, logprobs.shape[1])).indices.tolist()]
     return dict(zip(token_ids, logprobs[row, token_ids].tolist(), strict=True))
-
-
-def sample_rows(logits, options, seeds, texts):
-    """One token for each row -> [(token_id, logprob, {token_id: logprob} or None), ...].
-
-    options: for each row (temperature, top_p, top_k, min_p, repetition_penalty, number of top
-    log-probabilities or None); seeds; texts: the token ids so far, whose number is the position
-    drawn. The log-probabilities are the model's own, before penalty, temperature and filters.
-    """
-    logprobs = logits.log_softmax(-1)
-    for row, (option, token_ids) in enumerate(zip(options, texts, strict=True)):
-        penalize_reference(logits, row, token_ids, option[4])
-    # the views keep their columns when S is 0, in a step that ends nobody's prompt
-    numbers = torch.tensor([option[:4] for option in options], dtype=torch.float64)
-    draws = torch.tensor([*zip(seeds, map(len, texts), strict=True)])
-    tokens = sample_reference(logits, *numbers.view(-1, 4).T.to(logits.device),
-                              *draws.view(-1, 2).T.to(logits.device))
-    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-    rows = enumerate(zip(tokens.tolist(), chosen.tolist(), options, strict=True))
-    return [(token, logprob, top_logprobs_reference(logprobs, row, token, option[5]))
-            for row, (token, logprob, option) in rows]

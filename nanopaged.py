@@ -79,8 +79,8 @@ from safetensors import SafetensorError, safe_open
 
 with warnings.catch_warnings(action="ignore"):     # torch's, that numpy is absent: unused here
     import torch
-    import torch.nn.functional as F
     from torch import nn
+    from torch.nn import functional as F
 
     import kernels
 
@@ -996,16 +996,14 @@ class Layer(nn.Module):
         self.up = Linear(c.hidden_size, up, c.mlp_bias, **factory)
         self.down = Linear(inner, c.hidden_size, c.mlp_bias, **factory)
 
-    def forward(self, x, k_cache, v_cache, batch, rope, runs):
+    def forward(self, x, k_cache, v_cache, batch, rope):
         """x (T, E) -> (T, E); writes the K and V of the T tokens into their slots."""
         qkv = self.qkv(self.attn_norm(x)).unflatten(1, (-1, self.config.head_dim))
         qk, v = qkv.split((sum(self.heads), self.heads[1]), dim=1)         # (T, H+K, D), (T, K, D)
         qk = kernels.rotate_reference(qk, *rope) if rope else qk
         q, k = qk.split(self.heads, dim=1)
-        kernels.write_kv_reference(k, v, k_cache, v_cache, batch.slot_mapping)
-        y = kernels.paged_attention_reference(                             # (T, H, D)
-            q, k_cache, v_cache, batch.block_tables, batch.context_lens, batch.query_start,
-            max_query_len=batch.max_query_len, scale=self.config.head_dim ** -0.5, runs=runs)
+        batch.write_kv(k, v, k_cache, v_cache, batch.slot_mapping)
+        y = batch.attend(q, k_cache, v_cache, scale=self.config.head_dim ** -0.5)    # (T, H, D)
         x = x + self.o(y.flatten(1))
         h = self.up(self.mlp_norm(x))
         if self.config.family == "gpt2":
@@ -1039,10 +1037,8 @@ class Decoder(nn.Module):
         else:   # the angles are computed in float32 and once a step, not once a layer
             angle = batch.positions[:, None, None] * self.frequencies      # (T, 1, D/2)
             rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-        runs = kernels.query_runs(batch.block_tables, batch.context_lens, batch.query_start,
-                                  kv_cache.shape[3])                       # once a step, too
         for layer, (k_cache, v_cache) in zip(self.layers, kv_cache, strict=True):
-            x = layer(x, k_cache, v_cache, batch, rope, runs)
+            x = layer(x, k_cache, v_cache, batch, rope)
         # the vocabulary is the widest matrix: only rows that are sampled meet it
         return self.lm_head(self.norm(x[batch.last_rows])).float()
 
@@ -1104,10 +1100,19 @@ def sample(logits, seqs):
 
     The log-probabilities are the model's own, before penalty, temperature and filters.
     """
-    options = [(p.temperature, p.top_p, p.top_k, p.min_p, p.repetition_penalty, p.logprobs)
-               for p in (seq.params for seq in seqs)]
-    return kernels.sample_rows(logits, options, [seq.seed for seq in seqs],
-                               [seq.token_ids for seq in seqs])
+    logprobs, params = logits.log_softmax(-1), [seq.params for seq in seqs]
+    for row, (seq, p) in enumerate(zip(seqs, params, strict=True)):
+        kernels.penalize_reference(logits, row, seq.token_ids, p.repetition_penalty)
+    # the views keep their columns when S is 0, in a step that ends nobody's prompt
+    options = torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in params],
+                           dtype=torch.float64)
+    draws = torch.tensor([(seq.seed, seq.num_tokens) for seq in seqs], dtype=torch.int64)
+    tokens = kernels.sample_reference(logits, *options.view(-1, 4).T.to(logits.device),
+                                      *draws.view(-1, 2).T.to(logits.device))
+    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+    rows = enumerate(zip(tokens.tolist(), chosen.tolist(), params, strict=True))
+    return [(token, logprob, kernels.top_logprobs_reference(logprobs, row, token, p.logprobs))
+            for row, (token, logprob, p) in rows]
 
 
 def beam_score(seq, num_generated=None):
@@ -1237,7 +1242,11 @@ class Engine:
                                             ("swapped_blocks", self.pool.arrivals, swap, kv),
                                             ("copied_blocks", self.pool.copies, kv, kv)):
             if pairs:
-                kernels.copy_blocks_reference(source, target, torch.tensor(pairs))
+                where = torch.tensor(pairs)
+                if source is target and kv.is_cuda:
+                    kernels.copy_blocks(kv, where.to(kv.device))
+                else:
+                    kernels.copy_blocks_reference(source, target, where)
                 self.counts[name] += len(pairs)
                 pairs.clear()
 
@@ -1450,10 +1459,11 @@ def print_report(engine, seconds):
 {preemptions_swap} by swap ({swapped_blocks} blocks)
     sharing saved {blocks_saved:.1%} of the blocks: {forks} forks, {copied_blocks} copies, \
 {cached_tokens} cached tokens
-    attention: torch reference on {device}"""
+    attention: {attention} on {device}"""
     stats, text = engine.stats(), inspect.cleandoc(print_report.__doc__)     # the text just above
+    attention = "Triton kernels" if engine.kv_cache.is_cuda else "torch reference"
     print(text.format(**stats, seconds=seconds, speed=stats["generated_tokens"] / seconds,
-                      device=engine.kv_cache.device), file=sys.stderr)
+                      attention=attention, device=engine.kv_cache.device), file=sys.stderr)
 
 
 def read_text(path):

@@ -84,7 +84,8 @@ def golden(name):
 
 def golden_llm(name, **settings):
     """The engine on a small checkpoint, whose prompts are token ids."""
-    settings = {"num_blocks": 64} | settings       # a small pool, so that check() is cheap
+    # a small pool, so that check() is cheap; float32, as the golden files are, on a GPU too
+    settings = {"num_blocks": 64, "dtype": "float32"} | settings
     return LLM(str(GOLDEN / "models" / name), skip_tokenizer_init=True, **settings)
 
 

@@ -306,7 +306,7 @@ def test_beams_share_the_prompt(block_size):
 def test_texts_of_beams(tmp_path):
     """A text that goes on as another beam's, lacks a token, or shows its end token."""
     folder = write_babbler(tmp_path / "model", "smollm2", 908)
-    llm = LLM(str(folder), block_size=4, num_blocks=200)
+    llm = LLM(str(folder), block_size=4, num_blocks=200, dtype="float32")
     llm.engine.model.config.eos_token_id = list(range(0, 908, 9))
     ends = set()
     for width, prompt in ((2, "Tyger"), (5, "To be, or not"), (6, "It's 1,024 blocks")):

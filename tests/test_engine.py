@@ -66,7 +66,7 @@ def text_folder(tmp_path_factory):
 def text_llm(text_folder):
     """Random weights: any token may come, half characters and special ones too."""
     torch.manual_seed(0)
-    return LLM(str(text_folder), load_format="dummy", block_size=4, num_blocks=64)
+    return LLM(str(text_folder), load_format="dummy", block_size=4, num_blocks=64, dtype="float32")
 
 
 # --- greedy tokens, against transformers --------------------------------------------------------
@@ -451,8 +451,9 @@ def test_special_tokens_in_a_prompt_are_text(text_llm):
 def test_tiny():
     """The shipped model: alone, beside others and preempted it must say the same."""
     prompts, params = ["ROMEO:", "KING HENRY:\nWhat", "A"], greedy_params(20)
-    alone = [LLM(num_blocks=16, block_size=16).generate(prompt, params)[0] for prompt in prompts]
-    llm = LLM(num_blocks=15, block_size=2, max_num_batched_tokens=9)
+    alone = [LLM(num_blocks=16, block_size=16, dtype="float32").generate(prompt, params)[0]
+             for prompt in prompts]
+    llm = LLM(num_blocks=15, block_size=2, max_num_batched_tokens=9, dtype="float32")
     together = serve(llm, [(prompt, params) for prompt in prompts])
     assert llm.stats()["preemptions_recompute"] > 0
     assert [out.outputs[0].text for out in together] == [out.outputs[0].text for out in alone]

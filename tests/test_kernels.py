@@ -382,7 +382,7 @@ def test_kernel_query_heads_that_share_a_kv_head(heads):
 
 
 @needs_triton
-@pytest.mark.parametrize("head_dim", [32, 48, 64, 80, 96, 112, 128, 160, 256])
+@pytest.mark.parametrize("head_dim", [8, 32, 48, 64, 80, 96, 112, 128, 160, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel_head_dims(head_dim, dtype):
     """The padding to a power of two, and a tile that no longer fits in shared memory."""

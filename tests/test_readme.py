@@ -1,6 +1,7 @@
 """The README does what it says: its commands are run and their output compared."""
 
 import functools
+import os
 import re
 import shlex
 import subprocess
@@ -21,7 +22,8 @@ def run(command):
     arguments = shlex.split(command)
     assert arguments[:2] == ["python", "nanopaged.py"], command
     return subprocess.run([sys.executable, *arguments[1:]], cwd=ROOT, check=True, text=True,
-                          capture_output=True, encoding="utf-8", timeout=60)
+                          capture_output=True, encoding="utf-8", timeout=60,
+                          env=os.environ | {"CUDA_VISIBLE_DEVICES": ""})    # printed on a CPU
 
 
 @pytest.mark.parametrize("prompt, stream, output", [

@@ -354,7 +354,7 @@ def long_llm(tmp_path):
     def make(**settings):
         torch.manual_seed(0)
         return LLM(str(tmp_path), load_format="dummy", skip_tokenizer_init=True, num_blocks=2000,
-                   **settings)
+                   dtype="float32", **settings)
     return make
 
 

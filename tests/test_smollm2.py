@@ -32,7 +32,7 @@ def llm():
         folder = smollm2.folder()
     except smollm2.ModelUnavailable as error:
         pytest.skip(f"SmolLM2-135M-Instruct is not to be had: {error}")
-    return LLM(str(folder), num_blocks=64)
+    return LLM(str(folder), num_blocks=64, dtype="float32")
 
 
 def engine_with(llm, block_size, num_blocks, max_num_batched_tokens=8192, swap_blocks=0,
@@ -85,7 +85,7 @@ def test_preempted(llm):
 def test_beams(llm):
     """A search that is right for small vocabularies only; real ends of a text, which it goes past
     or takes for the end of all."""
-    engine = LLM(str(llm.tokenizer.folder), num_blocks=256).engine
+    engine = LLM(str(llm.tokenizer.folder), num_blocks=256, dtype="float32").engine
     ids = [engine.add_request(PROMPTS[case["prompt"]], BeamSearchParams(
         beam_width=case["beam_width"], max_tokens=case["max_tokens"],
         early_stopping=case["early_stopping"])) for case in GOLDEN["beams"]]
