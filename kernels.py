@@ -1,4 +1,4 @@
-"""What runs on the device: batch and paged KV cache (paper 5.1), rotary positions, sampling.
+"""What runs on the device: paged KV cache and attention (paper 5.1), positions, sampling.
 
 One block is `block_size` slots; a slot holds one token's K and V of one layer. The engine hands
 over these maps, and nothing here knows what a request is:
@@ -24,17 +24,20 @@ from types import SimpleNamespace
 import torch
 import torch.nn.functional as F
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # triton, too, reads it when imported
+
 try:
+    if not (INTERPRETED or torch.cuda.is_available()):
+        raise ImportError("it would take a third of a second, and nothing here could run it")
     import triton
     import triton.language as tl
-except ImportError:        # macOS, Windows: only the references work, the kernels are plain text
+except ImportError:        # or macOS, Windows: the references work, the kernels are plain text
     triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=None)
 
 # The reference attends queries in runs of at most this many, so that the mask of a long prompt
 # stays small: 512 x 8,192 keys are 4 MB (times H / K), where 8,192 x 8,192 would be 67 MB.
 MAX_QUERY_RUN = 512
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # triton, too, reads it when imported
 NUM_SMS = 132         # of an H100 or H200. Elsewhere work is cut a little too fine or too coarse
 MIN_PART = 256        # tokens: a shorter part of a context costs more to merge than it saves
 

@@ -22,6 +22,9 @@ ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = ROOT / "tests" / "golden"
 MODELS = sorted(path.name for path in (GOLDEN / "models").iterdir())
 
+# What the engine calls of kernels.py: on a GPU the Triton kernel `name`, elsewhere its reference.
+CALLED = "{}" if torch.cuda.is_available() else "{}_reference"
+
 torch.set_num_threads(1)       # the matrices are tiny: a second thread costs more than it computes
 
 
@@ -170,19 +173,22 @@ def computed_kv(llm, texts):
                                 engine.kv_cache.device), engine.kv_cache)
     for seq in seqs:
         seq.num_kv = seq.num_tokens
-        kv.append(cached_kv(engine.kv_cache, seq))
+        kv.append(cached_kv(engine.kv_cache, seq).cpu())
         engine.pool.free(seq)
     return kv
 
 
 def spy_on_copies(monkeypatch, seen):
     """Call seen(source cache, target cache, [(from, to), ...]) before blocks are copied."""
-    copy_blocks = kernels.copy_blocks_reference
+    def spied(copy_blocks):
+        def spy(*arguments):
+            *caches, pairs = arguments             # one on a GPU, where blocks stay in it
+            seen(caches[0], caches[-1], [tuple(pair) for pair in pairs.tolist()])
+            return copy_blocks(*arguments)
+        return spy
 
-    def spy(source, target, pairs):
-        seen(source, target, [tuple(pair) for pair in pairs.tolist()])
-        return copy_blocks(source, target, pairs)
-    monkeypatch.setattr(kernels, "copy_blocks_reference", spy)
+    for name in ("copy_blocks_reference", "copy_blocks"):
+        monkeypatch.setattr(kernels, name, spied(getattr(kernels, name)))
 
 
 class Interrupt:
@@ -208,7 +214,7 @@ def all_logits(llm, prompts):
                        engine.kv_cache.device)
     batch.last_rows = torch.arange(len(batch.input_ids), device=engine.kv_cache.device)
     with torch.inference_mode():
-        logits = engine.model(batch, engine.kv_cache)
+        logits = engine.model(batch, engine.kv_cache).cpu()
     for seq in seqs:
         engine.pool.free(seq)
     return logits.split([seq.num_tokens for seq in seqs])

@@ -10,6 +10,7 @@ from collections import Counter
 
 import pytest
 from helpers import (
+    CALLED,
     Interrupt,
     all_token_ids,
     assert_nothing_left,
@@ -191,7 +192,7 @@ def test_only_with_prefix_caching_requests_share(caching):
 # --- an interrupted step ------------------------------------------------------------------------
 
 PLACES = [(nanopaged, "make_batch"), (nanopaged, "sample"), (nanopaged, "beam_score"),
-          (kernels, "copy_blocks_reference"), (kernels, "paged_attention_reference"),
+          (kernels, CALLED.format("copy_blocks")), (kernels, CALLED.format("paged_attention")),
           (BlockPool, "append"), (BlockPool, "publish"), (Engine, "_append_token")]
 
 

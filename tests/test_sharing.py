@@ -6,6 +6,7 @@ from collections import Counter
 import pytest
 import torch
 from helpers import (
+    CALLED,
     Interrupt,
     all_token_ids,
     assert_nothing_left,
@@ -66,7 +67,7 @@ def test_what_the_blocks_hold(settings):
                             (engine.swap_cache, swapped_seqs(engine))):
             texts = [seq.token_ids[:seq.num_kv] for seq in seqs]
             for seq, kv in zip(seqs, computed_kv(alone, texts) if seqs else [], strict=True):
-                torch.testing.assert_close(cached_kv(cache, seq), kv, atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(cached_kv(cache, seq).cpu(), kv, atol=1e-4, rtol=1e-4)
                 compared[cache is engine.swap_cache] += 1
 
     serve(llm, MIXED, after_step=compare)
@@ -321,7 +322,7 @@ def test_many_preemptions_beside_a_full_cache():
     assert llm.stats()["preemptions_recompute"] > 10 and llm.stats()["cached_tokens"] > 500
 
 
-@pytest.mark.parametrize("name", ["paged_attention_reference", "write_kv_reference"])
+@pytest.mark.parametrize("name", [CALLED.format(x) for x in ("paged_attention", "write_kv")])
 def test_nothing_is_found_of_a_step_that_failed(name, monkeypatch):
     """I6: blocks in the cache before they are computed. Ctrl-C comes, the request is dropped, and
     the next one with its prompt reads what was never written."""
