@@ -40,6 +40,7 @@ MAX_QUERY_RUN = 512
 
 NUM_SMS = 132         # of an H100 or H200. Elsewhere work is cut a little too fine or too coarse
 MIN_PART = 256        # tokens: a shorter part of a context costs more to merge than it saves
+MAX_PARTS = 64        # of one context: merge_kernel reads all of them at once
 
 
 def new_kv_cache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, device):
@@ -285,8 +286,8 @@ def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out
                      places, num_seqs, few, enough, wanted, min_part, base, scale, q_token, q_head,
                      c_block, c_slot, c_head, t_seq, o_token, o_head, G: tl.constexpr,
                      D: tl.constexpr, B: tl.constexpr, DIM: tl.constexpr, SEQS: tl.constexpr,
-                     SPLIT: tl.constexpr, ROWS: tl.constexpr, QUERIES: tl.constexpr,
-                     TILE: tl.constexpr, PROMPT: tl.constexpr):
+                     PARTS: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
+                     QUERIES: tl.constexpr, TILE: tl.constexpr, PROMPT: tl.constexpr):
     """One item of the list, for one KV head: its result goes to `out`, or is a part of it."""
     # 1. The list: of each sequence, its tiles of queries, its parts, its items.
     seqs = tl.arange(0, SEQS)
@@ -297,7 +298,8 @@ def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out
     parts = tl.full([SEQS], 1, tl.int32)
     if SPLIT:
         count, work = tl.sum(query_tiles), tl.sum(query_tiles * key_tiles)
-        size, longest = tl.maximum(tl.cdiv(work, wanted), min_part), tl.max(key_tiles)
+        longest = tl.max(key_tiles)
+        size = tl.maximum(tl.maximum(tl.cdiv(work, wanted), min_part), tl.cdiv(longest, PARTS - 1))
         # about equally long: the longest is less than 1.25 times the mean
         size = tl.where((count >= enough) & (count * longest < work * 5 // 4), longest, size)
         # rounded to the nearest: 33 tiles in parts of 32 stay whole, a part of 1 is not worth it
@@ -343,15 +345,14 @@ def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out
                            position, scale, c_block, c_slot, D, B, TILE, DIM, True)
 
     y = y / tl.where(total > 0, total, 1)[:, None]
-    if SPLIT:                                 # tell merge_kernel where the row's parts will lie
-        step = tl.num_programs(0) * ROWS
-        at = base + (item * tl.num_programs(0) + kv_head) * ROWS + row
-        place = places + 3 * (token * tl.num_programs(0) * G + head)
-        tl.store(place, at - part * step, mask=real_row & (part == 0))
+    if SPLIT:                                 # the parts of a row lie together; say where
+        first_part = base + ((item - part) * tl.num_programs(0) + kv_head * num_parts) * ROWS
+        place = places + 2 * (token * tl.num_programs(0) * G + head)
+        tl.store(place, first_part + row * num_parts, mask=real_row & (part == 0))
         tl.store(place + 1, num_parts, mask=real_row & (part == 0))
-        tl.store(place + 2, step, mask=real_row & (part == 0))
-        tl.store(part_lse + at, top + tl.log2(total), mask=real_row)
-        tl.store(part_y + at[:, None] * DIM + d[None, :], y, mask=real & (num_parts > 1))
+        here = first_part + row * num_parts + part
+        tl.store(part_lse + here, top + tl.log2(total), mask=real_row)
+        tl.store(part_y + here[:, None] * DIM + d[None, :], y, mask=real & (num_parts > 1))
     tl.store(out + (token * o_token + head * o_head)[:, None] + d[None, :], y,
              mask=real & (num_parts == 1))
 
@@ -361,22 +362,17 @@ def merge_kernel(out, part_y, part_lse, places, query_start, num_seqs, o_token, 
                  D: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr):
     """One row and head: the results of its parts, each weighted by its share of the softmax."""
     head, token, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, DIM)
-    place = places + 3 * (token * tl.num_programs(0) + head)
-    at, num_parts, step = tl.load(place), tl.load(place + 1), tl.load(place + 2)
+    place = places + 2 * (token * tl.num_programs(0) + head)
+    first_part, num_parts = tl.load(place), tl.load(place + 1)
     if (token >= tl.load(query_start + num_seqs)) | (num_parts == 1):
         return                                # nobody's row, or its only part has written it
-    top, total, y = -1e30, 0.0, tl.zeros([DIM], tl.float32)
-    for first in range(0, num_parts, PARTS):
-        part = first + tl.arange(0, PARTS)
-        real, here = part < num_parts, at + part * step
-        lse = tl.load(part_lse + here, mask=real, other=float("-inf"))
-        ys = tl.load(part_y + here[:, None] * DIM + d[None, :], mask=real[:, None], other=0.0)
-        higher = tl.maximum(top, tl.max(lse, 0))
-        weights, shrink = tl.exp2(lse - higher), tl.exp2(top - higher)
-        total = total * shrink + tl.sum(weights, 0)
-        y = y * shrink + tl.sum(weights[:, None] * ys, 0)
-        top = higher
-    tl.store(out + token * o_token + head * o_head + d, y / total, mask=d < D)
+    part = tl.arange(0, PARTS)
+    real, here = part < num_parts, first_part + part
+    lse = tl.load(part_lse + here, mask=real, other=float("-inf"))
+    ys = tl.load(part_y + here[:, None] * DIM + d[None, :], mask=real[:, None], other=0.0)
+    weights = tl.exp2(lse - tl.maximum(tl.max(lse, 0), -1e30))       # no key at all: -inf - -1e30
+    y = tl.sum(weights[:, None] * ys, 0) / tl.maximum(tl.sum(weights, 0), 1e-30)
+    tl.store(out + token * o_token + head * o_head + d, y, mask=d < D)
 
 
 def attention_launches(T, S, K, G, dim, longest, max_query_len, short):
@@ -421,28 +417,28 @@ def paged_attention(q, k_cache, v_cache, block_tables, context_lens, query_start
     (T, H, D), (N, B, K, _), (S, M) = q.shape, k_cache.shape, block_tables.shape
     dtype = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.float32
     out, G = torch.empty_like(q) if out is None else out, H // K
-    dim = max(16, triton.next_power_of_2(D))
     check_arguments(q=(q, (T, K * G, D), dtype), out=(out, (T, H, D), dtype),
                     k_cache=(k_cache, (N, B, K, D), dtype),
                     v_cache=(v_cache, (N, B, K, D), dtype, k_cache.stride()),
                     block_tables=(block_tables, (S, M), torch.int32),
                     context_lens=(context_lens, (S,), torch.int32),
                     query_start=(query_start, (S + 1,), torch.int32))
+    dim = max(16, triton.next_power_of_2(D))
     launches, split, num_parts = attention_launches(T, S, K, G, dim, M * B, max_query_len,
                                                     dtype != torch.float32)
     part_lse = q.new_empty(num_parts, dtype=torch.float32)
     part_y = q.new_empty(num_parts, dim, dtype=torch.float32)
-    places = q.new_empty((T, H, 3) if split else 0, dtype=torch.int32)
+    places = q.new_empty((T, H, 2) if split else 0, dtype=torch.int32)
     num_columns = 16 if S <= 16 else max(256, triton.next_power_of_2(S))     # few compilations
     for grid, scalars, sizes, options in launches:
         attention_kernel[grid](
             q, k_cache, v_cache, block_tables, context_lens, query_start, out, part_y, part_lse,
             places, *scalars, scale * math.log2(math.e), *q.stride()[:2], *k_cache.stride()[:3],
-            block_tables.stride(0), *out.stride()[:2], G, D, B, dim, num_columns, split, *sizes,
-            **options)
+            block_tables.stride(0), *out.stride()[:2], G, D, B, dim, num_columns, MAX_PARTS, split,
+            *sizes, **options)
     if split:
         merge_kernel[(H, T)](out, part_y, part_lse, places, query_start, S, *out.stride()[:2],
-                             D, dim, PARTS=32, num_warps=2)
+                             D, dim, MAX_PARTS)
     return out
 
 

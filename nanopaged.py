@@ -247,8 +247,8 @@ def _fetch(url, path, size, checksum):
                     for chunk in response.iter_content(1 << 16):
                         file.write(chunk)
                         if sys.stderr.isatty():
-                            print(f"\r{file.tell() / size:4.0%} of {path.name}", file=sys.stderr,
-                                  end="\n" * (file.tell() >= size), flush=True)
+                            print(f"\r[{'#' * (40 * file.tell() // size):40}] {path.name}",
+                                  end="\n" * (file.tell() >= size), file=sys.stderr, flush=True)
             have = file.seek(0, os.SEEK_END)
             file.seek(0)
             if have == size and hashlib.file_digest(file, hasher.copy).hexdigest() == checksum:
