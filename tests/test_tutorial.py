@@ -95,7 +95,7 @@ def test_six_seeds_are_what_it_prints(monkeypatch):
 @pytest.mark.parametrize("options", [["--seeds", "0"], ["--seeds", "x"], ["--seeds", "-1"],
                                      ["--seeds"], ["--seed", "1"], ["more"]])
 def test_bad_options_end_in_one_line(options, monkeypatch, capsys):
-    """A traceback, a page of usage, or a run of the wrong length."""
+    """A traceback, the whole usage, or a run of the wrong length."""
     monkeypatch.setattr(sys, "argv", ["waste.py", *options])
     with pytest.raises(SystemExit) as error:
         waste.main()
