@@ -225,7 +225,7 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
 # tile's tokens are looked up one by one in the block table: block size and tile are independent.
 #
 # Decodes and prompts want other programs. A decode has G rows and waits for memory: 16 rows (the
-# least tl.dot takes), 2 warps, and on each multiprocessor (SM) 5 programs with a tile of 32 KB on
+# least tl.dot takes), 2 warps, and on each multiprocessor (SM) 4 programs with a tile of 32 KB on
 # its way to each. A prompt waits for the matrix unit: 64 rows (the least of its fast path), 4
 # warps, tiles fetched two ahead, and no mask but on the causal edge. So a mixed batch is two
 # launches, and each leaves the other's sequences out.
