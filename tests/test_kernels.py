@@ -300,6 +300,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = DEVICE == "cuda"
 # On a GPU hundreds of cases take seconds; the interpreter runs each program line by line.
 NUM_RANDOM = 300 if GPU else 10
+LONG = 900 if GPU else 400                                         # 6 to 15 parts of 64 and more
 needs_triton = pytest.mark.skipif(
     not (GPU or kernels.INTERPRETED),
     reason="no GPU, and no interpreter: it needs triton and numpy, which is none of the five")
@@ -313,18 +314,21 @@ DTYPES = list(RELATIVE) if GPU else [torch.float32, torch.float16]
 
 
 def assert_kernel_attends(paged):
-    """Write and attend by the kernels into poison, twice, and compare with the dense result."""
+    """Write and attend by the kernels into poison, and compare with the dense result.
+
+    On a GPU twice: programs that run in another order must give the same bits.
+    """
     slots = torch.tensor([slot for slots in paged.slots for slot in slots], device=DEVICE)
     kernels.write_kv(torch.cat(paged.keys), torch.cat(paged.values), paged.k_cache, paged.v_cache,
                      slots)
     args, settings = paged.arguments()
-    outs = [torch.full_like(paged.q, math.nan) for _ in range(2)]
+    outs = [torch.full_like(paged.q, math.nan) for _ in range(1 + GPU)]
     for out in outs:
         assert kernels.paged_attention(*args, **settings, out=out) is out
     want = paged.dense()
     error = ((outs[0].double() - want).norm() / want.norm()).item()
     assert error < RELATIVE[paged.q.dtype], f"relative error {error}"       # NaN fails too
-    assert torch.equal(*outs), "the same inputs, other bits"
+    assert torch.equal(outs[0], outs[-1]), "the same inputs, other bits"
 
 
 def on_device(lens, **settings):
@@ -394,14 +398,14 @@ def test_kernel_head_dims(head_dim, dtype):
 @pytest.mark.parametrize("new", [1, 3, 20])
 def test_kernel_splits_long_contexts(new, many_parts):
     """Parts merged in another order or twice; a part in which a query sees no key: -inf - -inf."""
-    lens = [(900, new), (0, new), (64, 1), (500, new)]
+    lens = [(LONG, new), (0, new), (64, 1), (LONG // 2, new)]
     assert_kernel_attends(on_device(lens, heads=(2, 1), block_size=16))
 
 
 @needs_triton
 def test_kernel_splits_one_long_context_among_many(many_parts):
     """A batch of many tiles is split, too, if a table is long: here most rows have one part."""
-    paged = on_device([(i, 1) for i in range(9)] + [(700, 1)] + [(3, 1)] * 3, block_size=256)
+    paged = on_device([(i, 1) for i in range(9)] + [(LONG, 1)] + [(3, 1)] * 3, block_size=256)
     paged.padding = 40
     assert_kernel_attends(paged)
 
