@@ -58,10 +58,17 @@ def cli(capsys):
 
 
 def real(*argv, stderr=subprocess.PIPE):
-    """Start the real thing, in a process of its own."""
+    """Start the real thing, in a process of its own, that hears Ctrl-C even if tests do not.
+
+    (What a shell runs in the background ignores it, and so do the children.)
+    """
+    def hear():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     one_thread = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
     return subprocess.Popen([sys.executable, str(ROOT / "nanopaged.py"), *map(str, argv)],
-                            stdout=subprocess.PIPE, stderr=stderr, encoding="utf-8", env=one_thread)
+                            stdout=subprocess.PIPE, stderr=stderr, encoding="utf-8", env=one_thread,
+                            preexec_fn=hear if os.name == "posix" else None)
 
 
 # ---- stdout -------------------------------------------------------------------------------------
