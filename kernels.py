@@ -537,7 +537,7 @@ def filtered_probs_reference(logits, temperature, top_p, top_k, min_p):
         summed = ranked.cumsum(-1, dtype=torch.float64)
         # the token that passes top_p is kept too, and so the first one always is
         ranked[(top_p < 1) & (summed - ranked >= top_p * summed[:, -1:])] = 0
-        probs = torch.zeros_like(probs).scatter(1, token_ids, ranked)
+        probs = probs.scatter(1, token_ids, ranked)    # back to their places: all of them
     return probs
 
 

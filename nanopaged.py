@@ -565,7 +565,9 @@ class BeamSearchParams:
 
     # Beams are not drawn: what the sampler and the text would do with them, said once.
     n, temperature, top_p, top_k, min_p, repetition_penalty = 1, 0.0, 1.0, 0, 0.0, 1.0
-    seed, logprobs, stop, stop_token_ids = 0, None, (), ()
+    seed, stop, stop_token_ids = 0, (), ()
+    # Of each beam so many tokens that some go on, even if all tokens that end it are among them.
+    logprobs = property(lambda self: self.beam_width + len(self.stop_token_ids))
     __post_init__ = SamplingParams.__post_init__
 
 
@@ -747,17 +749,18 @@ class BlockPool:
         self.hold(child, parent.block_table, parent.num_kv)
         self.num_forks += 1
 
-    def free(self, seq):
-        """Take back all blocks of `seq`; its tokens stay, their K and V are gone.
+    def free(self, *seqs):
+        """Take back all blocks of sequences; their tokens stay, the K and V are gone.
 
         The last block goes first, so that the prefix cache loses the ends of texts before their
         beginnings, which more texts have in common.
         """
-        for block_id in reversed(seq.block_table):
-            self.ref_count[block_id] -= 1          # one table row less points here (keeps I1)
-            if self.ref_count[block_id] == 0:
-                self.free_blocks[block_id] = None
-        seq.block_table, seq.num_kv = [], 0
+        for seq in seqs:
+            for block_id in reversed(seq.block_table):
+                self.ref_count[block_id] -= 1      # one table row less points here (keeps I1)
+                if self.ref_count[block_id] == 0:
+                    self.free_blocks[block_id] = None
+            seq.block_table, seq.num_kv = [], 0
 
     def _key(self, seq, i, block_table):
         """What the prefix cache knows block `i` of a text by; `block_table` has those before it."""
@@ -915,8 +918,7 @@ class Scheduler:
             self.counts["preemptions_swap"] += 1
             group.status = Status.SWAPPED
         else:                                      # the tokens stay, a prefill brings K and V back
-            for seq in group.seqs:
-                self.pool.free(seq)
+            self.pool.free(*group.seqs)
             self.counts["preemptions_recompute"] += 1
             group.status = Status.WAITING
         self.waiting.appendleft(group)             # it arrived before all that wait
@@ -925,8 +927,7 @@ class Scheduler:
         """Take a group out, wherever it is, and its blocks back."""
         (self.running if group.status is Status.RUNNING else self.waiting).remove(group)
         pool = self.swap_pool if group.status is Status.SWAPPED else self.pool
-        for seq in group.seqs:
-            pool.free(seq)
+        pool.free(*group.seqs)
         group.status = Status.FINISHED
 
     def check(self):
@@ -1121,13 +1122,14 @@ def beam_score(seq, num_generated=None):
     return seq.cumulative_logprob / num_generated ** seq.params.length_penalty
 
 
-def beams_are_done(beams, ended, params):
-    """Whether no beam can come among the best texts that have `ended` any more; best first."""
-    if not beams or len(ended) < params.beam_width:
-        return not beams
-    hopeful = params.early_stopping == "never" and params.length_penalty > 0     # to grow longest
-    best = beam_score(beams[0], params.max_tokens if hopeful else None)
-    return params.early_stopping is True or best <= beam_score(ended[-1])
+def hopeful(beams, ended, params):
+    """`beams`; or none, if none can come among the best texts that have `ended`. Best first."""
+    if beams and len(ended) == params.beam_width:
+        to_the_end = params.early_stopping == "never" and params.length_penalty > 0
+        best = beam_score(beams[0], params.max_tokens if to_the_end else None)
+        if params.early_stopping is True or best <= beam_score(ended[-1]):
+            return []
+    return beams
 
 
 # ================================================================================================
@@ -1172,19 +1174,18 @@ class Engine:
         params.max_tokens = min(params.max_tokens, self.max_model_len - length)
         params.stop_token_ids = {*params.stop_token_ids,
                                  *(() if params.ignore_eos else config.eos_token_id)}
-        if isinstance(params, BeamSearchParams):   # so many that some go on, even if others end
-            params.logprobs = params.beam_width + len(params.stop_token_ids)
-        group = SequenceGroup(next(self.request_ids), text, [Sequence(token_ids, params)])
+        seq = Sequence(token_ids, params)
+        group = SequenceGroup(next(self.request_ids), text, [seq])
         # Several texts share the prompt's full blocks; of the rest each may come to need its own.
         shared = length // size
         own = -(-(length + params.max_tokens - 1) // size) - shared
         most = min((self.pool.num_blocks - shared) // max(own, 1), self.scheduler.max_num_seqs)
         require(group.width <= max(most, 1), "n or beam_width", group.width,
                 f"at most {most}, or raise num_blocks, max_num_seqs, max_num_batched_tokens")
-        if not self.enable_prefix_caching:
-            group.seqs[0].cache_salt = object()    # shared by its own forks only
-        if params.seed is None:                    # drawn last: a request that was refused has none
-            group.seqs[0].seed = self.seeds.getrandbits(62)
+        # a salt of its own: nothing is then shared but with its own forks
+        seq.cache_salt = None if self.enable_prefix_caching else object()
+        # drawn last: a request that was refused has none
+        seq.seed = self.seeds.getrandbits(62) if params.seed is None else params.seed
         self.scheduler.waiting.append(group)
         return group.request_id
 
@@ -1213,9 +1214,7 @@ class Engine:
             if watch:
                 watch(self)
         for group in moved:
-            for seq in group.seqs:
-                if seq.finish_reason:              # its siblings may go on
-                    self.pool.free(seq)
+            self.pool.free(*(seq for seq in group.seqs if seq.finish_reason))  # siblings may go on
             if not group.unfinished():
                 self.scheduler.finish(group)
         return [group.output() for group in moved]
@@ -1283,14 +1282,11 @@ class Engine:
         beams = [seq for seq in ranked if not seq.finish_reason][:width]
         ended = [seq for seq in group.seqs + ranked[:width] if seq.finish_reason]
         ended = sorted(ended, key=beam_score, reverse=True)[:width]
-        if beams_are_done(beams, ended, group.params):
-            beams = []
-        group.seqs = beams + ended
+        group.seqs = hopeful(beams, ended, group.params) + ended
         for seq in group.seqs:
             if seq in parent_of:                   # not what ended before
                 self.pool.fork(parent_of[seq], seq)
-        for seq in parents:
-            self.pool.free(seq)
+        self.pool.free(*parents)
 
     def _append_token(self, seq, token_id, logprob, logprobs=None):
         """Add a token; show more of the text; set finish_reason if it was the last -> seq."""
