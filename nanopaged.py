@@ -1240,14 +1240,12 @@ class Engine:
         for name, pairs, source, target in (("swapped_blocks", swap_pool.arrivals, kv, swap),
                                             ("swapped_blocks", self.pool.arrivals, swap, kv),
                                             ("copied_blocks", self.pool.copies, kv, kv)):
-            if pairs:
-                where = torch.tensor(pairs)
-                if source is target and kv.is_cuda:
-                    kernels.copy_blocks(kv, where.to(kv.device))
-                else:
-                    kernels.copy_blocks_reference(source, target, where)
-                self.counts[name] += len(pairs)
-                pairs.clear()
+            if pairs and source is target and kv.is_cuda:
+                kernels.copy_blocks(kv, torch.tensor(pairs, device=kv.device))
+            elif pairs:
+                kernels.copy_blocks_reference(source, target, torch.tensor(pairs))
+            self.counts[name] += len(pairs)
+            pairs.clear()
 
     def _next_tokens(self, groups, logits):
         """Give every sequence of `groups` its next token; in their order each has its row."""
