@@ -577,12 +577,12 @@ Status = Enum("Status", "WAITING RUNNING SWAPPED FINISHED")
 class Sequence:
     """One text in the making: its tokens, and the blocks that hold their K and V."""
 
-    def __init__(self, token_ids, params):
+    def __init__(self, token_ids, params, cache_salt=None):
         self.token_ids = list(token_ids)           # prompt, then generated
         self.num_prompt_tokens = len(token_ids)
         self.num_kv = 0                            # tokens whose K and V are in the cache
         self.block_table = []                      # logical block i is physical block_table[i]
-        self.cache_salt = None                     # cached blocks are shared within one salt only
+        self.cache_salt = cache_salt               # cached blocks are shared within one salt only
         self.params, self.seed = params, params.seed
         self.data, self.text = b"", ""             # what was generated, and what of it can be shown
         self.cumulative_logprob = 0.0
@@ -1174,7 +1174,8 @@ class Engine:
         params.max_tokens = min(params.max_tokens, self.max_model_len - length)
         params.stop_token_ids = {*params.stop_token_ids,
                                  *(() if params.ignore_eos else config.eos_token_id)}
-        seq = Sequence(token_ids, params)
+        # a salt of its own: nothing is then shared but with its own forks
+        seq = Sequence(token_ids, params, None if self.enable_prefix_caching else object())
         group = SequenceGroup(next(self.request_ids), text, [seq])
         # Several texts share the prompt's full blocks; of the rest each may come to need its own.
         shared = length // size
@@ -1182,8 +1183,6 @@ class Engine:
         most = min((self.pool.num_blocks - shared) // max(own, 1), self.scheduler.max_num_seqs)
         require(group.width <= max(most, 1), "n or beam_width", group.width,
                 f"at most {most}, or raise num_blocks, max_num_seqs, max_num_batched_tokens")
-        # a salt of its own: nothing is then shared but with its own forks
-        seq.cache_salt = None if self.enable_prefix_caching else object()
         # drawn last: a request that was refused has none
         seq.seed = self.seeds.getrandbits(62) if params.seed is None else params.seed
         self.scheduler.waiting.append(group)
