@@ -1408,17 +1408,16 @@ class LLM:
         params = SamplingParams() if sampling_params is None else sampling_params
         params = params if isinstance(params, list | tuple) else [params] * len(prompts)
         require(len(params) == len(prompts), "number of sampling_params", len(params), len(prompts))
-        outputs = {}
+        request_ids, finished = [], {}
         try:
             for prompt, p in zip(prompts, params, strict=True):
-                outputs[self.engine.add_request(prompt, p)] = None
-            while any(output is None for output in outputs.values()):
-                outputs |= {out.request_id: out for out in self.engine.step()
-                            if out.finished and out.request_id in outputs}
+                request_ids.append(self.engine.add_request(prompt, p))
+            while any(request_id not in finished for request_id in request_ids):
+                finished |= {out.request_id: out for out in self.engine.step() if out.finished}
         finally:                                   # after an error or Ctrl-C nothing is left over
-            for request_id in outputs:
+            for request_id in request_ids:
                 self.engine.abort(request_id)
-        return list(outputs.values())
+        return [finished[request_id] for request_id in request_ids]
 
     def beam_search(self, prompts, params=None):
         """generate() with beam search: the beam_width likeliest texts a prompt, best first."""
