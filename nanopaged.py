@@ -1188,13 +1188,13 @@ class Engine:
         self.scheduler.waiting.append(group)
         return group.request_id
 
-    def abort(self, request_id):
-        """Drop a request and free its blocks; False if it was not there (any more)."""
-        for group in [*self.scheduler.running, *self.scheduler.waiting]:
-            if group.request_id == request_id:
-                self.scheduler.finish(group)
-                return True
-        return False
+    def abort(self, *request_ids):
+        """Drop requests and free their blocks; False if none was there (any more)."""
+        found = [group for group in [*self.scheduler.running, *self.scheduler.waiting]
+                 if group.request_id in request_ids]
+        for group in found:
+            self.scheduler.finish(group)
+        return bool(found)
 
     def has_unfinished_requests(self):
         return bool(self.scheduler.running or self.scheduler.waiting)
@@ -1415,8 +1415,7 @@ class LLM:
             while any(request_id not in finished for request_id in request_ids):
                 finished |= {out.request_id: out for out in self.engine.step() if out.finished}
         finally:                                   # after an error or Ctrl-C nothing is left over
-            for request_id in request_ids:
-                self.engine.abort(request_id)
+            self.engine.abort(*request_ids)
         return [finished[request_id] for request_id in request_ids]
 
     def beam_search(self, prompts, params=None):
