@@ -67,7 +67,6 @@ import warnings
 from collections import Counter, OrderedDict, deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -571,9 +570,6 @@ class BeamSearchParams:
     __post_init__ = SamplingParams.__post_init__
 
 
-Status = Enum("Status", "WAITING RUNNING SWAPPED FINISHED")
-
-
 class Sequence:
     """One text in the making: its tokens, and the blocks that hold their K and V."""
 
@@ -627,7 +623,7 @@ class SequenceGroup:
 
     def __init__(self, request_id, prompt, seqs):
         self.request_id, self.prompt, self.seqs = request_id, prompt, seqs   # ids grow by arrival
-        self.params, self.status = seqs[0].params, Status.WAITING
+        self.params = seqs[0].params
         self.width = getattr(self.params, "beam_width", self.params.n)     # sequences it grows to
         self.num_cached_tokens = None              # known when it first runs
 
@@ -647,7 +643,7 @@ class SequenceGroup:
         return RequestOutput(
             request_id=self.request_id, prompt=self.prompt, outputs=outputs,
             prompt_token_ids=self.seqs[0].token_ids[:start],
-            finished=self.status is Status.FINISHED, num_cached_tokens=self.num_cached_tokens)
+            finished=not self.unfinished(), num_cached_tokens=self.num_cached_tokens)
 
 
 # ================================================================================================
@@ -833,7 +829,11 @@ class BlockPool:
 
 
 class Scheduler:
-    """Decides who runs (paper 4.5). Keeps I5 and I7."""
+    """Decides who runs (paper 4.5). Keeps I5 and I7.
+
+    Where a group stands is its state: running, with blocks of the pool; waiting; swapped, which is
+    waiting with blocks of the swap pool; or finished, in neither queue.
+    """
 
     def __init__(self, pool, swap_pool, preemption, max_num_seqs, max_num_batched_tokens):
         self.pool, self.swap_pool, self.preemption = pool, swap_pool, preemption
@@ -850,12 +850,11 @@ class Scheduler:
         while budget and (i < len(self.running) or self.waiting and self._admit(self.waiting[0])):
             group = self.running[i]
             plan = self._plan(group, budget)
-            while (group.status is Status.RUNNING
-                   and self.pool.num_needed(plan) > self.pool.num_free):
+            while i < len(self.running) and self.pool.num_needed(plan) > self.pool.num_free:
                 # The latest arrival, which may be `group` itself, but none that is scheduled
                 # already. It needs what it gave and more: it cannot come back for that.
                 self._preempt(self.running.pop())
-            if group.status is Status.RUNNING:
+            if i < len(self.running):              # it still runs
                 for seq, num_new in plan:
                     self.pool.append(seq, num_new)
                     budget -= num_new
@@ -886,8 +885,8 @@ class Scheduler:
     def _admit(self, group):
         """Let the group that waits longest run, if there is room; nobody jumps the queue."""
         seqs, size = group.unfinished(), self.pool.block_size
-        swapped = group.status is Status.SWAPPED
-        prefix = [] if swapped else self.pool.find_prefix(seqs[0])
+        # who was swapped out brings all its K and V along
+        prefix = [] if group.blocks() else self.pool.find_prefix(seqs[0])
         # All its tokens must fit, even if only a chunk is computed now: a prompt half done that
         # waits for blocks would hold those that others wait for. Cached blocks that someone holds
         # are there already. And 1% is kept free for the running ones' next tokens, as in the
@@ -898,11 +897,9 @@ class Scheduler:
         # Alone it always fits (I7).
         if self.running and (needed > self.pool.num_free or num_seqs > self.max_num_seqs):
             return False
-        if swapped:
-            self.pool.take_over(group, self.swap_pool)
-        elif group.num_cached_tokens is None:
+        if group.num_cached_tokens is None:
             group.num_cached_tokens = len(prefix) * size
-        group.status = Status.RUNNING
+        self.pool.take_over(group, self.swap_pool)             # what it has there, if anything
         self.running.append(self.waiting.popleft())
         return True
 
@@ -916,19 +913,16 @@ class Scheduler:
         if swap and len(group.blocks()) <= self.swap_pool.num_free:
             self.swap_pool.take_over(group, self.pool)
             self.counts["preemptions_swap"] += 1
-            group.status = Status.SWAPPED
         else:                                      # the tokens stay, a prefill brings K and V back
             self.pool.free(*group.seqs)
             self.counts["preemptions_recompute"] += 1
-            group.status = Status.WAITING
         self.waiting.appendleft(group)             # it arrived before all that wait
 
     def finish(self, group):
         """Take a group out, wherever it is, and its blocks back."""
-        (self.running if group.status is Status.RUNNING else self.waiting).remove(group)
-        pool = self.swap_pool if group.status is Status.SWAPPED else self.pool
-        pool.free(*group.seqs)
-        group.status = Status.FINISHED
+        runs = group in self.running
+        (self.running if runs else self.waiting).remove(group)
+        (self.pool if runs else self.swap_pool).free(*group.seqs)
 
     def check(self):
         """Assert the invariants of pools and queues."""

@@ -14,7 +14,6 @@ from nanopaged import (
     Scheduler,
     Sequence,
     SequenceGroup,
-    Status,
     make_batch,
 )
 
@@ -149,7 +148,8 @@ def running_seqs(engine):
 
 
 def swapped_groups(engine):
-    return [group for group in engine.scheduler.waiting if group.status is Status.SWAPPED]
+    """Those that wait and have blocks: they are in the CPU's memory."""
+    return [group for group in engine.scheduler.waiting if group.blocks()]
 
 
 def swapped_seqs(engine):
