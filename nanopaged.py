@@ -765,11 +765,8 @@ class BlockPool:
 
     def find_prefix(self, seq):
         """The cached blocks that `seq` begins with. One token at least is left to be computed."""
-        blocks = []
-        for i in range((seq.num_tokens - 1) // self.block_size):
-            key = self._key(seq, i, blocks)
-            if key not in self.cached:
-                break
+        blocks, most = [], (seq.num_tokens - 1) // self.block_size
+        while len(blocks) < most and (key := self._key(seq, len(blocks), blocks)) in self.cached:
             blocks.append(self.cached[key])
         return blocks
 
