@@ -905,9 +905,8 @@ class Scheduler:
 
         "auto" swaps what has several sequences: those cost several prefills to bring back.
         """
-        several = len(group.unfinished()) > 1
-        swap = self.preemption == "swap" or self.preemption == "auto" and several
-        if swap and len(group.blocks()) <= self.swap_pool.num_free:
+        swap = {"auto": len(group.unfinished()) > 1, "swap": True, "recompute": False}
+        if swap[self.preemption] and len(group.blocks()) <= self.swap_pool.num_free:
             self.swap_pool.take_over(group, self.pool)
             self.counts["preemptions_swap"] += 1
         else:                                      # the tokens stay, a prefill brings K and V back
