@@ -1425,9 +1425,8 @@ def draw_blocks(engine):
         table = ".. " * (len(seq.block_table) > 12) + " ".join(map(str, seq.block_table[-12:]))
         lines.append(f"  {letter}: request {request_id}, {seq.num_tokens} tokens, {seq.num_kv} "
                      f"cached in block {table}  {engine.tokenizer.decode(seq.token_ids[-8:])!r}")
-    drawn = "".join(owner.get(block_id, ".") for block_id in range(pool.num_blocks))
-    for start in sorted({block_id // 64 * 64 for block_id in owner}):
-        lines.append(f"  {start:6} {drawn[start:start + 64]}")
+    rows = re.findall(".{1,64}", "".join(owner.get(i, ".") for i in range(pool.num_blocks)))
+    lines += [f"  {64 * i:6} {row}" for i, row in enumerate(rows) if row.strip(".")]
     print(*lines, sep="\n", file=sys.stderr)
 
 
