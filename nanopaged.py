@@ -874,8 +874,7 @@ class Scheduler:
                 self.counts["cached_tokens"] += 0 if seq.cache_salt else seq.num_kv
             # a step that was interrupted may have computed, but not sampled
             seq.num_kv = min(seq.num_kv, seq.num_tokens - 1)
-            num_new = seq.num_tokens - seq.num_kv - (len(seqs) > 1)
-            if num_new:
+            if num_new := seq.num_tokens - seq.num_kv - (len(seqs) > 1):
                 return [(seq, min(num_new, budget))]
         return [(seq, 1) for seq in seqs] if len(seqs) <= budget else []
 
