@@ -1306,7 +1306,7 @@ class Engine:
         counts["blocks_peak"] = max(counts["blocks_peak"], num_held)
         counts.update(steps=1, running=len(self.scheduler.running), slots=num_held * size,
                       computed_tokens=sum(num_new for _, num_new in scheduled),
-                      saved=1 - num_held / max(1, num_rows))
+                      saved=(num_rows - num_held) / max(1, num_rows))
         for block_id, seq in last.items():
             counts["unused"] += -seq.num_kv % size
             if seq.finish_reason:

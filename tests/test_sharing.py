@@ -605,3 +605,17 @@ def test_beams_hold_blocks_until_they_end():
     serve(llm, [(PROMPTS[1], beam(4, 1))])             # one step, 7 tokens in 2 blocks
     assert llm.stats()["blocks_peak"] == 2
     assert llm.stats()["blocks_saved"] == 0.75         # four texts, one prompt
+
+
+def test_a_step_that_holds_nothing_saves_nothing():
+    """A search whose last step ends with none of its beams: all of no blocks are saved then."""
+    llm, count, held = golden_llm(MODEL, block_size=4, num_blocks=64), Count(), []
+    llm.engine.model.config.eos_token_id = list(range(0, 131, 2))
+
+    def watch(engine):
+        count(engine)
+        held.append(len(running_seqs(engine)))
+
+    serve(llm, [(PROMPTS[0], beam(2, 15, length_penalty=0.0, ignore_eos=False))], watch=watch)
+    assert held[-1] == 0, "its last step holds blocks: no test of it"
+    check_stats(llm, count)
