@@ -320,6 +320,15 @@ LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,
 LLAMA3_SPECIAL = {"<|begin_of_text|>": 0, "<|end_of_text|>": 1, "<|start_header_id|>": 6,
                   "<|end_header_id|>": 7, "<|eom_id|>": 8, "<|eot_id|>": 9, "<|python_tag|>": 10}
 
+# tokenizer.json: the types of normalizers, pre_tokenizers and model, as in GPT-2's kind of file and
+# in LLaMA-2's; what pre_tokenizers split off ("(?!)": nothing; a Split says it itself); and of the
+# options that would change ids the values that we read.
+BYTE_LEVEL, BYTE_FALLBACK = "((Digits|Split) )*ByteLevel BPE", "((Prepend )?Replace|Metaspace) BPE"
+SPLITS = {"Digits": r"\p{N}", "ByteLevel": GPT2_SPLIT, "Metaspace": "(?!)"}
+OPTIONS = {"individual_digits": [True], "behavior": ["Isolated"], **dict.fromkeys((
+    "dropout", "end_of_word_suffix", "continuing_subword_prefix", "add_prefix_space", "invert",
+    "split", "lstrip", "rstrip", "single_word"), [None, False, 0.0, ""])}
+
 # Byte-level files spell each byte as one printable character: printable bytes as themselves, the
 # other 68 as the characters from 256 on, in order. (Themselves will do for all when we read it.)
 BYTE_OF = {chr(b): b for b in range(256)}
@@ -333,18 +342,6 @@ def split_text(text, patterns):
     ends = [0, *(at for m in re.finditer(patterns[0], text) for at in m.span()), len(text)]
     return [piece for a, b in itertools.pairwise(ends) if a < b
             for piece in split_text(text[a:b], patterns[1:])]
-
-
-def split_pattern(part):
-    """The pattern of one step of a tokenizer.json with byte-level BPE; None: it splits nothing."""
-    match part:
-        case {"type": "Digits", "individual_digits": True}:
-            return r"\p{N}"
-        case {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}}:
-            return pattern
-        case {"type": "ByteLevel", "add_prefix_space": False}:
-            return GPT2_SPLIT if part.get("use_regex", True) else None
-    require(False, "normalizer or pre_tokenizer", part, "Digits, Split or ByteLevel")
 
 
 class Tokenizer:
@@ -388,25 +385,22 @@ class Tokenizer:
     def _read_spec(self, path):
         """tokenizer.json of the tokenizers library."""
         spec = read_json(path)
-        model, pre_tokenizer = spec["model"], spec.get("pre_tokenizer") or {}
-        check_all(model, {"type": ["BPE"], "dropout": [None, 0.0], "end_of_word_suffix": [None, ""],
-                          "continuing_subword_prefix": [None, ""]})
-        for token in spec.get("added_tokens", []):
-            odd = [key for key in ("lstrip", "rstrip", "single_word") if token.get(key)]
-            require(not odd, f"added token {token['content']}", odd, "without these options")
-            (self.special if token["special"] else self.added)[token["content"]] = token["id"]
-        normalizer = spec.get("normalizer") or {"normalizers": []}
-        steps = [*normalizer.get("normalizers", [normalizer]),
-                 *pre_tokenizer.get("pretokenizers", [pre_tokenizer])]
-        if model.get("byte_fallback"):
-            kind = " ".join(step["type"] for step in steps if step)
-            schemes = {"Prepend Replace": "each", "Replace": "never",
-                       "Metaspace": pre_tokenizer.get("prepend_scheme", "always")}
-            require(kind in schemes and not pre_tokenizer.get("split"), "normalization", kind,
-                    f"one of {[*schemes]}, without split")
-            self.first_space, steps = schemes[kind], []
-        self._use_model(model, [*filter(None, map(split_pattern, steps))])
-        processor = spec.get("post_processor") or {}
+        normalizer, pre_tokenizer, processor = (
+            spec.get(name) or {} for name in ("normalizer", "pre_tokenizer", "post_processor"))
+        splits = [*filter(None, pre_tokenizer.get("pretokenizers", [pre_tokenizer]))]
+        parts = [*normalizer.get("normalizers", [normalizer]), *splits, spec["model"]]
+        kind = " ".join(part.get("type", "BPE") for part in parts if part)
+        allowed = BYTE_FALLBACK if spec["model"].get("byte_fallback") else BYTE_LEVEL
+        require(re.fullmatch(allowed, kind), "normalizer, pre_tokenizer and model", kind, allowed)
+        tokens = spec.get("added_tokens", [])
+        for part in parts + tokens:
+            check_all(part, OPTIONS)
+        self.special = {token["content"]: token["id"] for token in tokens if token["special"]}
+        self.added = {token["content"]: token["id"] for token in tokens if not token["special"]}
+        self.first_space = {"Metaspace BPE": pre_tokenizer.get("prepend_scheme", "always"),
+                            "Prepend Replace BPE": "each", "Replace BPE": "never"}.get(kind)
+        self._use_model(spec["model"], [SPLITS.get(split["type"]) or split["pattern"]["Regex"]
+                                        for split in splits if split.get("use_regex", True)])
         for part in processor.get("processors", [processor]):
             if part.get("type") == "TemplateProcessing":       # such as <s> before every text
                 *before, last = part["single"]
