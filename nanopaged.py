@@ -114,10 +114,10 @@ WEIGHTS = "model*.safetensors, as a pickle (.bin) can run code when it is opened
 IGNORED = re.compile(r"lm_head\.weight|h\.\d+\.attn\.(masked_)?bias|.*\.rotary_emb\.inv_freq")
 
 
-def require(ok, name, value, allowed):
+def require(ok, name, value, allowed, error=ValueError):
     """The one form of our complaints: what it is about, what was given, what is allowed."""
     if not ok:
-        raise ValueError(f"{name} is {value!r}; it must be {allowed}")
+        raise error(f"{name} is {value!r}; it must be {allowed}")
 
 
 def check(name, value, limits):
@@ -294,9 +294,8 @@ def find_model(model):
     folder = tiny if model == "tiny" else Path(model).expanduser()
     if not folder.exists() and re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(model)):
         folder = download(str(model))
-    if not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{model}: no folder with a config.json; give tiny, a model's "
-                                "folder, or a repo id like HuggingFaceTB/SmolLM2-135M-Instruct")
+    require((folder / "config.json").is_file(), "model", str(model), "tiny, a folder with a "
+            "config.json, or a repo id like HuggingFaceTB/SmolLM2-135M-Instruct", FileNotFoundError)
     return folder
 
 
@@ -360,8 +359,7 @@ class Tokenizer:
         readers = {"tokenizer.json": self._read_spec, "tokenizer.model": self._read_tiktoken,
                    "vocab.json": self._read_gpt2}
         present = [name for name in readers if (folder / name).is_file()]
-        if not present:
-            raise FileNotFoundError(f"{folder}: no tokenizer there; needs {' or '.join(readers)}")
+        require(present, f"{folder}: tokenizer", "absent", " or ".join(readers), FileNotFoundError)
         with reading(folder / present[0]):
             readers[present[0]](folder / present[0])
 
