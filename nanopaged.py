@@ -149,8 +149,9 @@ def reading(path):
 
 
 def read_json(path):
+    """The object in a file of JSON; an empty one, where the file is not there."""
     with reading(path):
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8") if path.is_file() else "{}"))
 
 
 def load_config(folder):
@@ -160,10 +161,10 @@ def load_config(folder):
     num_key_value_heads K, head_dim D (H * D need not be E). Any id of eos_token_id ends a text.
     Raises: ValueError that names file, key, value and what is supported.
     """
-    path, generation = folder / "config.json", folder / "generation_config.json"
+    path = folder / "config.json"
     raw = {RENAMED.get(key, key): value for key, value in read_json(path).items()
            if value is not None or key == "sliding_window"}    # null is not the same as absent
-    eos = read_json(generation).get("eos_token_id") if generation.is_file() else None
+    eos = read_json(folder / "generation_config.json").get("eos_token_id")
     eos = raw.get("eos_token_id", []) if eos is None else eos
     with reading(path):
         arch = raw.get("architectures", [None])[0]
@@ -198,10 +199,9 @@ def load_tensors(folder, wanted):
     first, as memory that was allocated, and not yet written to, takes no room: so the host never
     holds much more than all the weights, not even beside one large embedding.
     """
-    index, files = folder / "model.safetensors.index.json", {"model.safetensors"}
-    if index.is_file():
-        with reading(index):
-            files = {*read_json(index)["weight_map"].values()}
+    index = folder / "model.safetensors.index.json"
+    with reading(index):
+        files = {*read_json(index).get("weight_map", {"all": "model.safetensors"}).values()}
     for name in sorted(files - {*os.listdir(folder)}, key=str):    # such as "../x" of a bad index
         raise FileNotFoundError(f"{folder}: {name} is missing; the weights must be {WEIGHTS}")
     found, missing = [], {name: tuple(tensor.shape) for name, tensor in wanted.items()}
@@ -471,8 +471,8 @@ class Tokenizer:
 
         The template comes from a downloaded file: it runs in jinja2's sandbox.
         """
-        path, config = self.folder / "chat_template.jinja", self.folder / "tokenizer_config.json"
-        config = read_json(config) if config.is_file() else {}
+        path = self.folder / "chat_template.jinja"
+        config = read_json(self.folder / "tokenizer_config.json")
         source = path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
         env = sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True,
                                                     extensions=["jinja2.ext.loopcontrols"])
