@@ -400,10 +400,9 @@ class Tokenizer:
         self._use_model(spec["model"], [SPLITS.get(split["type"]) or split["pattern"]["Regex"]
                                         for split in splits if split.get("use_regex", True)])
         for part in processor.get("processors", [processor]):
-            if part.get("type") == "TemplateProcessing":       # such as <s> before every text
-                *before, last = part["single"]
-                require("Sequence" in last, "end of the template", last, "the text")
-                self.prefix = [(self.special | self.added)[p["SpecialToken"]["id"]] for p in before]
+            *before, last = part.get("single", [{"Sequence": "A"}])    # <s>, and then the text
+            require("Sequence" in last, "end of the template", last, "the text")
+            self.prefix += [(self.special | self.added)[p["SpecialToken"]["id"]] for p in before]
 
     def _use_model(self, model, patterns):
         """Have tiktoken merge as the model does, within the words that the patterns split off.
