@@ -52,7 +52,6 @@ after each step; the others hold by construction.
 """
 
 import argparse
-import base64
 import codecs
 import copy
 import hashlib
@@ -375,7 +374,7 @@ class Tokenizer:
         data = path.read_bytes().split()                       # token, rank, token, rank, ...
         require(data[1::2] == [b"%d" % i for i in range(max(256, len(data[::2])))], "format",
                 "SentencePiece's, or broken", "tiktoken's; else put tokenizer.json beside it")
-        vocab = {base64.b64decode(t).decode("latin-1"): i for i, t in enumerate(data[::2])}
+        vocab = {codecs.decode(t, "base64").decode("latin-1"): i for i, t in enumerate(data[::2])}
         self.special = {text: len(data) // 2 + at for text, at in LLAMA3_SPECIAL.items()}
         self.prefix = [self.special["<|begin_of_text|>"]]
         self._use_model({"vocab": vocab, "merges": [], "ignore_merges": True}, [LLAMA3_SPLIT])
