@@ -17,6 +17,7 @@ pool, B block size, H query heads, K KV heads, G = H / K, D head_dim, L layers. 
 """
 
 import functools
+import itertools
 import math
 import os
 from types import SimpleNamespace
@@ -32,14 +33,13 @@ try:
     import triton
     import triton.language as tl
 except ImportError:        # or macOS, Windows: the references work, the kernels are plain text
-    triton, tl = SimpleNamespace(jit=lambda kernel: kernel), SimpleNamespace(constexpr=None)
+    triton = tl = SimpleNamespace(constexpr=None, jit=lambda *_, **__: lambda kernel: kernel)
 
 # The reference attends queries in runs of at most this many, so that the mask of a long prompt
 # stays small: 512 x 8,192 keys are 4 MB (times H / K), where 8,192 x 8,192 would be 67 MB.
 MAX_QUERY_RUN = 512
 
 NUM_SMS = 132         # of an H100 or H200. Elsewhere work is cut a little too fine or too coarse
-MIN_PART = 256        # tokens: a shorter part of a context costs more to merge than it saves
 MAX_PARTS = 64        # of one context: merge_kernel reads all of them at once
 
 
@@ -53,25 +53,26 @@ def new_kv_cache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dty
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def fit_kv_cache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, device, *,
-                 most_blocks=0, utilization=1.0, pin=False):
-    """new_kv_cache of num_blocks blocks or, for None, of as many as are useful and fit.
+def fit_kv_cache(num_blocks, num_layers, *shape, utilization=1.0, largest_step=None, pin=False):
+    """new_kv_cache(num_layers, num_blocks, *shape) or, for None, with as many blocks as fit.
 
-    Useful are most_blocks. A GPU has `utilization` of its memory for them, less what is in use; a
-    CPU 1 GiB, or for a given num_blocks all of its memory. There, a block that was never written
-    costs nothing; unless it is pinned, for fast copies to and from a GPU.
+    A GPU has `utilization` of its memory for them, less what is in use once largest_step(a small
+    cache) has run, as torch keeps what that took; a CPU 1 GiB, or for a given num_blocks all of its
+    memory. There, a block that was never written costs nothing; unless it is pinned, for fast
+    copies to and from a GPU.
     Raises: MemoryError.
     """
-    shape, memory = (block_size, num_kv_heads, head_dim, dtype, device), 1 << 30
+    device, memory = shape[-1], 1 << 30
     block_bytes = new_kv_cache(num_layers, 1, *shape).nbytes
     if num_blocks and hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if device == "cuda":
         torch.cuda.empty_cache()                   # what a model that is gone has left
+        largest_step(new_kv_cache(num_layers, 1, *shape))
         free, total = torch.cuda.mem_get_info()
         memory = int(free - total * (1 - utilization))
     if num_blocks is None:
-        num_blocks = max(1, min(memory // block_bytes, most_blocks))
+        num_blocks = max(1, memory // block_bytes)
     if num_blocks * block_bytes > memory:
         raise MemoryError(f"{num_blocks} KV blocks take {num_blocks * block_bytes:,} bytes, where "
                           f"{device} has {memory:,}; lower num_blocks, swap_blocks or block_size")
@@ -227,147 +228,112 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
 # Decodes and prompts want other programs. A decode has G rows and waits for memory: 16 rows (the
 # least tl.dot takes), 2 warps, and on each multiprocessor (SM) 4 programs with a tile of 32 KB on
 # its way to each. A prompt waits for the matrix unit: 64 rows (the least of its fast path), 4
-# warps, tiles fetched two ahead, and no mask but on the causal edge. So a mixed batch is two
-# launches, and each leaves the other's sequences out.
+# warps, tiles fetched two ahead. So a mixed batch is two launches, and each leaves the other's
+# sequences out.
 #
 # A GPU is busy when a few hundred programs run: 64 decodes x 8 KV heads will do; one decode over
 # 8,192 tokens will not. So contexts are cut into parts, and merge_kernel joins their results
 # (FlashDecoding, Dao et al. 2023). The host does not know the lengths (in a captured graph they
-# change and the launch does not); each program finds its item in a list that all derive alike. With
-# tiles of 2 queries, and parts of about 4 key tiles:
+# change and the launch does not): it launches as many tiles and parts as there could be, and what
+# has nothing to do ends at once. A decode is one tile; whose a prompt's tile is, follows from
+# query_start: sequence s begins at tile query_start[s] // QUERIES + s, which leaves room for all
+# before it. With tiles of 2 queries, and parts of at least 4 key tiles:
 #
-#   sequence    queries    key tiles    query tiles x parts    items
-#      0           1           9               1 x 2           0 1       key tiles 0-3 and 4-8
-#      1           1           3               1 x 1           2
-#      2           0           0                 -             -         padding of a graph
-#      3           5           4               3 x 1           3 4 5     queries 0-1, 2-3 and 4
+#   sequence   query_start   queries   tiles    key tiles   parts
+#      0            0           5      0 1 2        9         3      key tiles 0-3, 4-7 and 8
+#      1            5           0        -          -                padding
+#      2            5           3       4 5         4         1      queries 0-1 and 2
 #
-# How fine: few items are cut into 2 programs for each SM, which all run at once. Where items are
-# `enough` to fill the GPU they stay whole, as long as they are about equally long; else the longest
-# would still be read when all others have ended, and they are cut into 20 for each SM.
+# How fine: where tiles are few, into parts that make 2 programs for each SM; where they are many,
+# only into pieces of 4,096 tokens, lest one long context be read when all others have ended.
 
 
-@triton.jit
-def attend(top, total, y, qs, k_cache, v_cache, table, first, last, seen, position, scale, c_block,
-           c_slot, D: tl.constexpr, B: tl.constexpr, TILE: tl.constexpr, DIM: tl.constexpr,
-           EDGE: tl.constexpr):
-    """Online softmax over key tiles first to last - 1. EDGE: some keys are not seen by all rows."""
-    d = tl.arange(0, DIM)
-    # The table is read a tile ahead. Read with its own tile, it would stand before the loads of K
-    # and V, and Triton's pipeline could then not have two tiles on their way.
-    ahead = (first * TILE + tl.arange(0, TILE)).to(tl.uint32)    # unsigned: // 16 is one shift
-    block_ids = tl.load(table + ahead // B, mask=ahead < seen, other=0)
-    for tile in range(first, last):
-        key = (tile * TILE + tl.arange(0, TILE)).to(tl.uint32)
-        slot = block_ids.to(tl.int64) * c_block + key % B * c_slot
-        where, real = slot[:, None] + d[None, :], (d < D)[None, :]
-        if EDGE:
-            real = real & (key < seen)[:, None]                  # 0, for 0 * NaN is NaN
-        ahead = key + TILE
-        block_ids = tl.load(table + ahead // B, mask=ahead < seen, other=0)
-        if EDGE or D != DIM:
-            k = tl.load(k_cache + where, mask=real, other=0.0)
-            v = tl.load(v_cache + where, mask=real, other=0.0)
-        else:
-            k, v = tl.load(k_cache + where), tl.load(v_cache + where)
-        scores = tl.dot(qs, k.T, input_precision="ieee")         # (ROWS, TILE); never TF32
-        if EDGE:
-            scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
-        higher = tl.maximum(top, tl.max(scores, 1) * scale)
-        weights, shrink = tl.exp2(scores * scale - higher[:, None]), tl.exp2(top - higher)
-        total = total * shrink + tl.sum(weights, 1)
-        y = tl.dot(weights.to(v.dtype), v, y * shrink[:, None], input_precision="ieee")
-        top = higher
-    return top, total, y
-
-
-@triton.jit
+# The numbers that change from step to step; Triton would compile once more for those that are 1, or
+# a multiple of 16.
+@triton.jit(do_not_specialize=["num_seqs", "few", "parts", "least", "most_parts", "t_seq"])
 def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out, part_y, part_lse,
-                     places, num_seqs, few, enough, wanted, min_part, base, scale, q_token, q_head,
+                     parts_of, num_seqs, few, parts, least, most_parts, scale, q_token, q_head,
                      c_block, c_slot, c_head, t_seq, o_token, o_head, G: tl.constexpr,
                      D: tl.constexpr, B: tl.constexpr, DIM: tl.constexpr, SEQS: tl.constexpr,
-                     PARTS: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
-                     QUERIES: tl.constexpr, TILE: tl.constexpr, PROMPT: tl.constexpr):
-    """One item of the list, for one KV head: its result goes to `out`, or is a part of it."""
-    # 1. The list: of each sequence, its tiles of queries, its parts, its items.
-    seqs = tl.arange(0, SEQS)
-    starts = tl.load(query_start + seqs, mask=seqs < num_seqs, other=0)
-    queries = tl.load(query_start + seqs + 1, mask=seqs < num_seqs, other=0) - starts
-    query_tiles = tl.where((queries > few) == PROMPT, tl.cdiv(queries, QUERIES), 0)
-    key_tiles = tl.cdiv(tl.load(context_lens + seqs, mask=seqs < num_seqs, other=0), TILE)
-    parts = tl.full([SEQS], 1, tl.int32)
-    if SPLIT:
-        count, work = tl.sum(query_tiles), tl.sum(query_tiles * key_tiles)
-        longest = tl.max(key_tiles)
-        size = tl.maximum(tl.maximum(tl.cdiv(work, wanted), min_part), tl.cdiv(longest, PARTS - 1))
-        # about equally long: the longest is less than 1.25 times the mean
-        size = tl.where((count >= enough) & (count * longest < work * 5 // 4), longest, size)
-        # rounded to the nearest: 33 tiles in parts of 32 stay whole, a part of 1 is not worth it
-        parts = tl.maximum((key_tiles + size // 2) // tl.maximum(size, 1), 1)
-    items = query_tiles * parts
-
-    # 2. This program's item. From the end, as a prompt's last queries read the most keys: the
-    #    longest work goes first. The grid is as large as the list may become.
-    item = tl.sum(items) - 1 - tl.program_id(1)
-    if item < 0:
-        return
-    seq = tl.sum((tl.cumsum(items, 0) <= item).to(tl.int32))
-    num_parts = tl.sum(tl.where(seqs == seq, parts, 0))
-    item_of_seq = item - tl.sum(tl.where(seqs < seq, items, 0))
-    part, first_query = item_of_seq % num_parts, item_of_seq // num_parts * QUERIES
-
-    # 3. Its rows, their q, and its share of the keys that the last of them sees.
+                     ROWS: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr,
+                     PROMPT: tl.constexpr):
+    """A tile of queries, one KV head, a part of the context: goes to `out`, or to part_y."""
+    # 1. Whose tile it is. From the end, as a prompt's last queries read the most keys: the longest
+    #    work goes first.
+    query_tile = tl.num_programs(1) - 1 - tl.program_id(1)
+    seq = query_tile                          # a decode is one tile
+    if PROMPT:
+        seqs = tl.arange(0, SEQS)
+        starts = tl.load(query_start + seqs, mask=seqs < num_seqs, other=1 << 30)
+        seq = tl.sum((starts // QUERIES + seqs <= query_tile).to(tl.int32)) - 1
     start, context_len = tl.load(query_start + seq), tl.load(context_lens + seq)
     num_queries = tl.load(query_start + seq + 1) - start
+    first_query = (query_tile - start // QUERIES - seq) * QUERIES if PROMPT else 0
+    if (first_query >= num_queries) | ((num_queries > few) != PROMPT):
+        return
+
+    # 2. Its part of the keys that the last of its queries sees.
+    seen = context_len - tl.maximum(num_queries - first_query - QUERIES, 0)
+    key_tiles, part = tl.cdiv(seen, TILE), tl.program_id(2)
+    size = tl.maximum(tl.cdiv(key_tiles, parts), least)
+    num_parts = tl.maximum(tl.cdiv(key_tiles, size), 1)
+    first, last = part * size, tl.minimum((part + 1) * size, key_tiles)
+    if part >= num_parts:
+        return
+
+    # 3. Its rows, and their q.
     kv_head, row, d = tl.program_id(0), tl.arange(0, ROWS), tl.arange(0, DIM)
     query, head = first_query + row // G, kv_head * G + row % G
     real_row = (row < QUERIES * G) & (query < num_queries)
     real = real_row[:, None] & (d < D)[None, :]
     token, position = (start + query).to(tl.int64), context_len - num_queries + query
     qs = tl.load(q + (token * q_token + head * q_head)[:, None] + d[None, :], mask=real, other=0.0)
-    seen = context_len - tl.maximum(num_queries - first_query - QUERIES, 0)
-    tiles = tl.cdiv(seen, TILE)
-    first, last = tiles * part // num_parts, tiles * (part + 1) // num_parts
 
-    # 4. Attend. `top` starts finite: a row may see no key of a part.
-    k_cache += kv_head * c_head
-    v_cache += kv_head * c_head
-    tables += seq * t_seq
+    # 4. Attend, with an online softmax. `top` starts finite: a row may see no key of a part.
+    tables, column = tables + seq * t_seq, kv_head * c_head + d
     top = tl.full([ROWS], -1e30, tl.float32)
     total, y = tl.zeros([ROWS], tl.float32), tl.zeros([ROWS, DIM], tl.float32)
-    if PROMPT:                                # tiles that every row sees whole need no mask
-        whole = (context_len - num_queries + first_query + 1) // TILE
-        whole = tl.minimum(tl.maximum(whole, first), last)
-        top, total, y = attend(top, total, y, qs, k_cache, v_cache, tables, first, whole, seen,
-                               position, scale, c_block, c_slot, D, B, TILE, DIM, False)
-        first = whole
-    top, total, y = attend(top, total, y, qs, k_cache, v_cache, tables, first, last, seen,
-                           position, scale, c_block, c_slot, D, B, TILE, DIM, True)
+    # The table is read a tile ahead. Read with its own tile, it would stand before the loads of K
+    # and V, and Triton's pipeline could then not have two tiles on their way.
+    ahead = (first * TILE + tl.arange(0, TILE)).to(tl.uint32)    # unsigned: // 16 is one shift
+    block_ids = tl.load(tables + ahead // B, mask=ahead < seen, other=0)
+    for tile in range(first, last):
+        key = (tile * TILE + tl.arange(0, TILE)).to(tl.uint32)
+        where = (block_ids.to(tl.int64) * c_block + key % B * c_slot)[:, None] + column[None, :]
+        ahead = key + TILE
+        block_ids = tl.load(tables + ahead // B, mask=ahead < seen, other=0)
+        there = (key < seen)[:, None] & (d < D)[None, :]         # else 0, for 0 * NaN is NaN
+        keys = tl.load(k_cache + where, mask=there, other=0.0)
+        values = tl.load(v_cache + where, mask=there, other=0.0)
+        scores = tl.dot(qs, keys.T, input_precision="ieee")      # (ROWS, TILE); never TF32
+        scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
+        higher = tl.maximum(top, tl.max(scores, 1) * scale)
+        weights, shrink = tl.exp2(scores * scale - higher[:, None]), tl.exp2(top - higher)
+        total = total * shrink + tl.sum(weights, 1)
+        y = tl.dot(weights.to(values.dtype), values, y * shrink[:, None], input_precision="ieee")
+        top = higher
 
     y = y / tl.where(total > 0, total, 1)[:, None]
-    if SPLIT:                                 # the parts of a row lie together; say where
-        first_part = base + ((item - part) * tl.num_programs(0) + kv_head * num_parts) * ROWS
-        place = places + 2 * (token * tl.num_programs(0) * G + head)
-        tl.store(place, first_part + row * num_parts, mask=real_row & (part == 0))
-        tl.store(place + 1, num_parts, mask=real_row & (part == 0))
-        here = first_part + row * num_parts + part
-        tl.store(part_lse + here, top + tl.log2(total), mask=real_row)
-        tl.store(part_y + here[:, None] * DIM + d[None, :], y, mask=real & (num_parts > 1))
+    place = token * tl.num_programs(0) * G + head                # the parts of a row lie together
+    here = place * most_parts + part
+    tl.store(parts_of + place, num_parts, mask=real_row & (part == 0))
+    tl.store(part_lse + here, top + tl.log2(total), mask=real_row)
+    tl.store(part_y + here[:, None] * DIM + d[None, :], y, mask=real & (num_parts > 1))
     tl.store(out + (token * o_token + head * o_head)[:, None] + d[None, :], y,
              mask=real & (num_parts == 1))
 
 
-@triton.jit
-def merge_kernel(out, part_y, part_lse, places, query_start, num_seqs, o_token, o_head,
-                 D: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr):
+@triton.jit(do_not_specialize=["num_seqs", "most_parts"])
+def merge_kernel(out, part_y, part_lse, parts_of, query_start, num_seqs, most_parts, o_token,
+                 o_head, D: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr):
     """One row and head: the results of its parts, each weighted by its share of the softmax."""
     head, token, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, DIM)
-    place = places + 2 * (token * tl.num_programs(0) + head)
-    first_part, num_parts = tl.load(place), tl.load(place + 1)
+    place = token * tl.num_programs(0) + head
+    num_parts = tl.load(parts_of + place)
     if (token >= tl.load(query_start + num_seqs)) | (num_parts == 1):
         return                                # nobody's row, or its only part has written it
     part = tl.arange(0, PARTS)
-    real, here = part < num_parts, first_part + part
+    real, here = part < num_parts, place * most_parts + part
     lse = tl.load(part_lse + here, mask=real, other=float("-inf"))
     ys = tl.load(part_y + here[:, None] * DIM + d[None, :], mask=real[:, None], other=0.0)
     weights = tl.exp2(lse - tl.maximum(tl.max(lse, 0), -1e30))       # no key at all: -inf - -1e30
@@ -379,31 +345,29 @@ def attention_launches(T, S, K, G, dim, longest, max_query_len, short):
     """What is launched for decodes, and for prompts if there may be any; by the rules above.
 
     T, S, K, G as everywhere; longest: tokens that a table has room for; short: a 16-bit type.
-    -> [(grid, the scalars and the sizes of attention_kernel, options)], whether contexts are split,
-    rows of parts.
+    -> [(grid, few and parts and least, the sizes of attention_kernel, options)].
     """
-    few, enough = max(16 // G, 1), triton.cdiv(3 * NUM_SMS // 2, K)
-    launches, split, num_parts = [], False, 0
+    few, launches = max(16 // G, 1), []
     for prompt in [False, True][:1 + (max_query_len > few)]:
         rows = max(64 if prompt and short else 16, triton.next_power_of_2(G))
-        queries = rows // G
-        items = min(S * triton.cdiv(max_query_len if prompt else few, queries), T // queries + S)
-        many, min_part = items >= enough, 1 << 30
+        queries, parts = rows // G, 1
+        tiles = T // queries + S if prompt else S
+        items = K * min(S * triton.cdiv(max_query_len, queries), tiles)
+        many = items >= 3 * NUM_SMS // 2
         if not short:          # exact float32 is off the tensor cores: large tiles gain nothing
             tile, warps, stages = 16, 2, 2
         elif prompt:           # half of the last tile is masked: not too large a tile
             tile, warps, stages = 32 if longest < 1024 else 64, 4 if dim <= 128 else 8, 3
         else:                  # where programs are few, each needs more on its way
             tile, warps, stages = (64, 2, 2) if many and dim <= 128 else (32, 2, 3)
-        wanted = triton.cdiv(NUM_SMS * (20 if many else 2), K)
-        # The merge has its price: 4,096 tokens are soon read, whoever ends last; and beside a long
-        # prompt it would look through too many rows.
-        if longest > (4096 if many else MIN_PART) and not (many and prompt) and T <= 1024:
-            items, min_part, split = items + wanted, MIN_PART // tile, True
-        launches.append(((K, items), (S, few, enough, wanted, min_part, num_parts),
+        # where they are many, most have nothing to do; least: tokens of a part
+        programs, least = (16384, 4096) if many else (2 * NUM_SMS, 64)
+        # beside a long prompt, the merge would look through too many rows
+        if T <= 1024 and not (many and prompt):
+            parts = min(MAX_PARTS, -(-programs // items), -(-longest // least))
+        launches.append(((K, tiles, parts), (few, parts, least // tile),
                          (rows, queries, tile, prompt), {"num_warps": warps, "num_stages": stages}))
-        num_parts += items * K * rows
-    return launches, split, num_parts if split else 0
+    return launches
 
 
 def paged_attention(q, k_cache, v_cache, block_tables, context_lens, query_start, *,
@@ -424,21 +388,19 @@ def paged_attention(q, k_cache, v_cache, block_tables, context_lens, query_start
                     context_lens=(context_lens, (S,), torch.int32),
                     query_start=(query_start, (S + 1,), torch.int32))
     dim = max(16, triton.next_power_of_2(D))
-    launches, split, num_parts = attention_launches(T, S, K, G, dim, M * B, max_query_len,
-                                                    dtype != torch.float32)
-    part_lse = q.new_empty(num_parts, dtype=torch.float32)
-    part_y = q.new_empty(num_parts, dim, dtype=torch.float32)
-    places = q.new_empty((T, H, 2) if split else 0, dtype=torch.int32)
-    num_columns = 16 if S <= 16 else max(256, triton.next_power_of_2(S))     # few compilations
+    launches = attention_launches(T, S, K, G, dim, M * B, max_query_len, dtype != torch.float32)
+    most_parts = max(parts for (_, _, parts), *_ in launches)
+    part_lse, part_y = (q.new_empty(T * H * most_parts * n, dtype=torch.float32) for n in (1, dim))
+    parts_of = q.new_empty(T * H, dtype=torch.int32)
     for grid, scalars, sizes, options in launches:
         attention_kernel[grid](
             q, k_cache, v_cache, block_tables, context_lens, query_start, out, part_y, part_lse,
-            places, *scalars, scale * math.log2(math.e), *q.stride()[:2], *k_cache.stride()[:3],
-            block_tables.stride(0), *out.stride()[:2], G, D, B, dim, num_columns, MAX_PARTS, split,
-            *sizes, **options)
-    if split:
-        merge_kernel[(H, T)](out, part_y, part_lse, places, query_start, S, *out.stride()[:2],
-                             D, dim, MAX_PARTS)
+            parts_of, S, *scalars, most_parts, scale * math.log2(math.e), *q.stride()[:2],
+            *k_cache.stride()[:3], block_tables.stride(0), *out.stride()[:2], G, D, B, dim,
+            max(512, triton.next_power_of_2(S)), *sizes, **options)
+    if most_parts > 1:
+        merge_kernel[(H, T)](out, part_y, part_lse, parts_of, query_start, S, most_parts,
+                             *out.stride()[:2], D, dim, MAX_PARTS)
     return out
 
 
@@ -449,32 +411,25 @@ def flat_batch(rows, block_size, device):
     of its last token are wanted). `write_kv` and `attend` are the kernels on a GPU, elsewhere the
     references.
     """
+    spans = [(table, range(first, first + len(ids))) for ids, first, table, _ in rows]
+    ends = [*itertools.accumulate((len(new) for _, new in spans), initial=0)]
+    num_columns = max(len(table) for table, _ in spans)                        # M
+    tensor = functools.partial(torch.tensor, dtype=torch.int64, device=device)
+    int32 = functools.partial(tensor, dtype=torch.int32)
     batch = SimpleNamespace(
-        input_ids=[],         # (T,)
-        positions=[],         # (T,) place of each token in its own text
-        slot_mapping=[],      # (T,) block_id * B + offset: where its K and V go
-        last_rows=[],         # rows whose logits are wanted
-        block_tables=[],      # (S, M) int32, padded with 0
-        context_lens=[],      # (S,) int32, this step's tokens included
-        query_start=[0])      # (S+1,) int32: row of each sequence's first token, and T
-    num_columns = max(len(table) for _, _, table, _ in rows)               # M
-    for token_ids, first, table, is_wanted in rows:
-        new = range(first, first + len(token_ids))
-        batch.input_ids += token_ids
-        batch.positions += new
-        batch.slot_mapping += [table[i // block_size] * block_size + i % block_size for i in new]
-        batch.block_tables.append(table + [0] * (num_columns - len(table)))
-        batch.context_lens.append(new.stop)
-        batch.query_start.append(len(batch.input_ids))
-        batch.last_rows += [len(batch.input_ids) - 1] * is_wanted
-    for dtype, (name, values) in zip([torch.int64] * 4 + [torch.int32] * 3, vars(batch).items(),
-                                     strict=True):
-        setattr(batch, name, torch.tensor(values, dtype=dtype, device=device))
+        input_ids=tensor([token_id for token_ids, *_ in rows for token_id in token_ids]),    # (T,)
+        positions=tensor([i for _, new in spans for i in new]),       # (T,) in the token's own text
+        slot_mapping=tensor([table[i // block_size] * block_size + i % block_size
+                             for table, new in spans for i in new]),  # (T,) where K and V go
+        last_rows=tensor([end - 1 for row, end in zip(rows, ends[1:], strict=True) if row[-1]]),
+        block_tables=int32([table + [0] * (num_columns - len(table)) for table, _ in spans]),
+        context_lens=int32([new.stop for _, new in spans]),           # (S,) this step's included
+        query_start=int32(ends))                        # (S+1,) row of each's first token, and T
     batch.write_kv, attention = ((write_kv, paged_attention) if device.type == "cuda" else
                                  (write_kv_reference, paged_attention_reference))
     batch.attend = functools.partial(
         attention, block_tables=batch.block_tables, context_lens=batch.context_lens,
-        query_start=batch.query_start, max_query_len=max(len(token_ids) for token_ids, *_ in rows))
+        query_start=batch.query_start, max_query_len=max(len(new) for _, new in spans))
     return batch
 
 
@@ -506,39 +461,30 @@ def rotate_reference(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
-def uniform_reference(seeds, positions):
-    """A number in [0, 1) for each (seed, position), by splitmix64 (Steele et al. 2014).
+def random_bits_reference(seeds, counters):
+    """64 bits for each seed and counter, by splitmix64 (Steele et al. 2014).
 
-    Shapes: int64 (S,), (S,) -> float64 (S,). Products of int64 wrap around, as they should; the
+    Shapes: int64, broadcast against each other -> int64. Products wrap around, as they should; the
     masks make the right shifts logical.
     """
-    def mix(x):
-        x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47      # 0xBF58476D1CE4E5B9
-        x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15      # 0x94D049BB133111EB
-        return x ^ (x >> 31 & (1 << 33) - 1)
-
-    golden = -0x61C8864680B583EB                                       # 0x9E3779B97F4A7C15
-    bits = mix(mix(seeds + golden) + positions * golden)
-    return (bits >> 11 & (1 << 53) - 1).double() * 2.0 ** -53
+    x = counters + seeds * -0x61C8864680B583EB                             # 0x9E3779B97F4A7C15
+    x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47              # 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15              # 0x94D049BB133111EB
+    return x ^ (x >> 31 & (1 << 33) - 1)
 
 
-def filtered_probs_reference(logits, temperature, top_p, top_k, min_p):
-    """What each row draws from, by temperature, then min-p, top-k and top-p -> (S, V).
+def cut_probs_reference(probs, top_p, top_k, min_p):
+    """Zero the tokens that min-p, then top-k and top-p rule out -> (S, V), no longer summing to 1.
 
-    Rows need not sum to 1. Shapes: logits (S, V) float32; the options (S,) float64.
+    Shapes: probs (S, V) float32; the options (S, 1) float64.
     """
-    temperature, top_p, top_k, min_p = (x[:, None] for x in (temperature, top_p, top_k, min_p))
-    # 1e-6 stands in for the greedy rows, whose draw is not used
-    probs = (logits / temperature.clamp(min=1e-6).float()).softmax(-1)
-    probs[probs < min_p * probs.amax(-1, keepdim=True)] = 0
-    if bool(((top_k > 0) | (top_p < 1)).any()):    # only these need the rank of each token
-        ranked, token_ids = probs.sort(descending=True)
-        ranked[(top_k > 0) & (torch.arange(logits.shape[1], device=logits.device) >= top_k)] = 0
-        summed = ranked.cumsum(-1, dtype=torch.float64)
-        # the token that passes top_p is kept too, and so the first one always is
-        ranked[(top_p < 1) & (summed - ranked >= top_p * summed[:, -1:])] = 0
-        probs = probs.scatter(1, token_ids, ranked)    # back to their places: all of them
-    return probs
+    probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
+    ranked, token_ids = probs.sort(descending=True)
+    ranked[(top_k > 0) & (torch.arange(probs.shape[1], device=probs.device) >= top_k)] = 0
+    summed = ranked.cumsum(-1, dtype=torch.float64)
+    # the token that passes top_p is kept too, and so the first one always is
+    ranked[(top_p < 1) & (summed - ranked >= top_p * summed[:, -1:])] = 0
+    return probs.scatter(1, token_ids, ranked)     # back to their places: all of them
 
 
 def penalize_reference(logits, row, token_ids, penalty):
@@ -552,19 +498,38 @@ def penalize_reference(logits, row, token_ids, penalty):
         logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
 
 
-def sample_reference(logits, temperature, top_p, top_k, min_p, seeds, positions):
-    """A token for each row, drawn by its seed and position alone; temperature 0 is greedy -> (S,).
+def sample_reference(logits, cut, keys, temperature, top_p, top_k, min_p):
+    """A token for each row; temperature 0 is greedy -> (S,).
 
-    The token is the one at which the summed probabilities pass a number in [0, 1). (None does in a
-    row of NaN, from an overflow in float16: it takes the last token and harms no other row.)
+    The largest of logit / temperature + Gumbel noise is a draw from their softmax (Gumbel 1954),
+    with neither sums nor an order. A key gives all the noise of its row. (In a row of NaN, from an
+    overflow in float16, some token wins and harms no other row.)
+
+    Shapes: logits (S, V); keys (S, 1) int64; the options (S, 1) float64. cut: whether top_p, top_k
+        or min_p of any row leave tokens out.
     """
-    if not temperature.any():
-        return logits.argmax(-1)
-    probs = filtered_probs_reference(logits, temperature, top_p, top_k, min_p)
-    summed = probs.cumsum(-1, dtype=torch.float64)
-    passed = uniform_reference(seeds, positions)[:, None] * summed[:, -1:]
-    drawn = torch.searchsorted(summed, passed, right=True)[:, 0].clamp(max=logits.shape[1] - 1)
-    return torch.where(temperature > 0, drawn, logits.argmax(-1))
+    logits = logits.float()
+    # 1e-6 stands in for the greedy rows, whose draw is not used
+    scores = logits / temperature.clamp(min=1e-6).float()
+    if cut:
+        left = cut_probs_reference(scores.softmax(-1), top_p, top_k, min_p)
+        scores = scores.masked_fill(left == 0, -math.inf)
+    token_ids = torch.arange(logits.shape[1], device=logits.device)
+    # u in [0, 1], precise near 0: as times, -log(1 - u), the shortest win
+    u = (random_bits_reference(keys, token_ids) >> 1 & (1 << 63) - 1).float() * 2.0 ** -63
+    noise = -torch.log(-torch.log1p(-u).clamp(-100, -1e-38))
+    scores = torch.where(temperature > 0, scores + noise, logits)
+    # The first of the largest: the maximum of integers in the order of the scores, with the token
+    # behind. On a GPU many programs share a maximum, but only one looks for a row's argmax.
+    bits = scores.view(torch.int32)
+    order = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32 | (token_ids[-1] - token_ids)
+    return token_ids[-1] - (order.amax(-1) & 0xFFFFFFFF)
+
+
+def draw_reference(logits, *options):
+    """sample_reference, and the log-probability of each token -> (S,), (S,)."""
+    tokens = sample_reference(logits, *options)
+    return tokens, logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
 
 
 def top_logprobs_reference(logprobs, row, token_id, num):
@@ -577,3 +542,68 @@ def top_logprobs_reference(logprobs, row, token_id, num):
         return None
     token_ids = [token_id, *logprobs[row].topk(min(num, logprobs.shape[1])).indices.tolist()]
     return dict(zip(token_ids, logprobs[row, token_ids].tolist(), strict=True))
+
+
+class DecodeGraphs:
+    """The model, and a draw from its logits; where each sequence has one token, as a CUDA graph.
+
+    Why: a step is hundreds of small kernels, and Python launches them more slowly than they run. A
+    captured graph is launched by one call, and works on the same memory each time: for each of a
+    few sizes a batch that load() fills, and logits. A replay also moves the rows on by one token's
+    place. So whoever puts the new tokens into input_ids can replay it again.
+    """
+
+    def __init__(self, model, kv_cache, max_num_seqs, num_columns):
+        self.model, self.graphs, memory = model, {}, torch.cuda.graph_pool_handle()
+        self.draw, B = torch.compile(draw_reference, dynamic=True), kv_cache.shape[3]
+        for size in (n << i for i in range((max_num_seqs - 1 | 1).bit_length()) for n in (2, 3)):
+            rows = [([0], 0, [0] * num_columns, True)] * size
+            batch = flat_batch(rows, B, kv_cache.device)
+            model(batch, kv_cache)                 # compiles, which no capture may contain
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, memory):
+                alive = batch.context_lens > 0     # the others are padding
+                blocks = batch.block_tables.gather(1, batch.positions[:, None] // B)[:, 0]
+                batch.slot_mapping.copy_(torch.where(alive, blocks * B + batch.positions % B, -1))
+                logits = model(batch, kv_cache)
+                batch.positions += alive
+                batch.context_lens += alive
+            self.graphs[size] = graph, batch, logits
+            self.draw(logits, False, batch.positions[:, None], *[logits[:, :1].double()] * 4)
+
+    def load(self, batch):
+        """Put a batch where the smallest graph works that takes it -> graph, its batch, logits."""
+        num_seqs, num_columns = batch.block_tables.shape
+        size = min(n for n in self.graphs if n >= num_seqs)
+        graph, memory, logits = self.graphs[size]
+        for name in ("input_ids", "positions", "context_lens"):
+            getattr(memory, name).copy_(F.pad(getattr(batch, name), (0, size - num_seqs)))
+        memory.block_tables[:num_seqs, :num_columns] = batch.block_tables
+        return graph, memory, logits
+
+    def __call__(self, batch, kv_cache):
+        """-> logits (len(batch.last_rows), V)."""
+        if len(batch.input_ids) > len(batch.context_lens):
+            return self.model(batch, kv_cache)
+        graph, _, logits = self.load(batch)
+        graph.replay()
+        return logits[batch.last_rows]
+
+    def run_ahead(self, batch, cut, *columns):
+        """Draw from the logits and go on with the tokens, once for each column of keys.
+
+        columns: keys (S, number of steps) and the options of sample_reference. Yields of each step
+        the tokens and the log-probabilities, two lists with padding, while later steps run.
+        """
+        graph, memory, logits = self.load(batch)
+        keys, *options = (F.pad(x, (0, 0, 0, len(logits) - len(x))) for x in columns)
+        draw, flights = draw_reference if cut else self.draw, []
+        for step_keys in keys.split(1, dim=1):
+            graph.replay()
+            tokens, logprobs = draw(logits, cut, step_keys, *options)
+            memory.input_ids.copy_(tokens)
+            drawn = torch.stack((tokens.double(), logprobs.double())).to("cpu", non_blocking=True)
+            flights.append((drawn, torch.cuda.current_stream().record_event()))
+        for drawn, landed in flights:
+            landed.synchronize()
+            yield drawn.tolist()

@@ -38,8 +38,8 @@ of them have their K and V in the cache. After a step they differ by one: the to
 is known, and its K and V are computed by the next step. (Prefill is just the case where they
 differ by more, and preemption by recompute sets num_kv back to 0 and keeps the tokens.)
 
-Invariants. I1, I2, I4, I6 and I7 are asserted by check() of pool and scheduler, which tests call
-after each step; the others hold by construction.
+Invariants. I1, I2, I4, I6 and I7 are asserted by check() in tests/helpers.py after each step; the
+others hold by construction.
   I1  ref_count[b] is the number of block-table rows that hold b.
   I2  every block is free exactly once, or held: free + held = N.
   I3  a block that is written in a step has ref_count 1.
@@ -122,11 +122,10 @@ def require(ok, name, value, allowed, error=ValueError):
 def check(name, value, limits):
     """Require a value of a list of choices, or one within (type, lowest, highest)."""
     if isinstance(limits, list):
-        require(value in limits, name, value, f"one of {limits}")
-    else:
-        kind, low, high = limits
-        ok = type(value) in (int, kind) and low <= value <= high            # NaN compares false
-        require(ok, name, value, f"{kind.__name__} from {low} to {high}")
+        return require(value in limits, name, value, f"one of {limits}")
+    kind, low, high = limits
+    ok = type(value) in (int, kind) and low <= value <= high                # NaN compares false
+    require(ok, name, value, f"{kind.__name__} from {low} to {high}")
 
 
 def check_all(settings, limits, optional=()):
@@ -502,7 +501,7 @@ class OutOfBlocks(MemoryError):
 LIMITS = {
     **dict.fromkeys(("n", "beam_width", "max_tokens", "num_blocks", "max_num_seqs",
                      "max_num_batched_tokens"), (int, 1, 1 << 31)),
-    **dict.fromkeys(("ignore_eos", "enable_prefix_caching"), [False, True]),
+    **dict.fromkeys(("ignore_eos", "enable_prefix_caching", "enforce_eager"), [False, True]),
     "temperature": (float, 0, 1e6), "top_p": (float, 1e-6, 1), "min_p": (float, 0, 1),
     "top_k": (int, -1, 1 << 31), "repetition_penalty": (float, 0.001, 1000),
     "seed": (int, 0, (1 << 63) - 1), "logprobs": (int, 0, 100), "max_model_len": (int, 2, 1 << 31),
@@ -686,12 +685,12 @@ class BlockPool:
         With B = 4 and num_kv = 8 both blocks are full, so one new token needs a third. And copies:
         of k sequences that share a block, and all write to it, the last one finds it its own.
         """
-        size = self.block_size
-        rows = sum(max(0, -(-(seq.num_kv + num_new) // size) - len(seq.block_table))
-                   for seq, num_new in plan)
-        # Where slot num_kv has a block already, that one is written next; a full one never is.
-        writers = Counter(block_id for seq, _ in plan
-                          for block_id in seq.block_table[seq.num_kv // size:])
+        rows, writers = 0, {}
+        for seq, num_new in plan:
+            rows += max(0, -(-(seq.num_kv + num_new) // self.block_size) - len(seq.block_table))
+            # Where slot num_kv has a block already, that one is written next; a full one never is.
+            for block_id in seq.block_table[seq.num_kv // self.block_size:]:
+                writers[block_id] = writers.get(block_id, 0) + 1
         return rows + sum(min(k, self.ref_count[b] - 1) for b, k in writers.items())
 
     def _take(self, content=None):
@@ -783,17 +782,6 @@ class BlockPool:
             source.free(seq)
             self.hold(seq, table, num_kv)
         self.arrivals += moved.items()
-
-    def check(self, seqs):
-        """Assert I1, I2 and I4 over all sequences that hold blocks, and that the cache is whole."""
-        rows = Counter(block_id for seq in seqs for block_id in seq.block_table)
-        held = [(seq.num_kv, len(seq.block_table)) for seq in seqs]
-        assert all(num == -(-num_kv // self.block_size) for num_kv, num in held), f"I4: {held}"
-        counted = [rows[block_id] for block_id in range(self.num_blocks)]
-        assert counted == self.ref_count, f"I1: {counted} rows, but ref_count {self.ref_count}"
-        held_or_free = sorted([*rows, *self.free_blocks])
-        assert held_or_free == [*range(self.num_blocks)], f"I2: lost or there twice: {held_or_free}"
-        assert self.key_of == {b: key for key, b in self.cached.items()}, "I6: stale keys"
 
 
 # ================================================================================================
@@ -909,14 +897,6 @@ class Scheduler:
         (self.running if runs else self.waiting).remove(group)
         (self.pool if runs else self.swap_pool).free(*group.seqs)
 
-    def check(self):
-        """Assert the invariants of pools and queues."""
-        self.pool.check([seq for group in self.running for seq in group.seqs])
-        # of those that wait, whoever is not swapped out has no blocks, here or in the pool (I7)
-        self.swap_pool.check([seq for group in self.waiting for seq in group.seqs])
-        order = [group.request_id for group in [*self.running, *self.waiting]]
-        assert order == sorted(order), f"first come, first served is broken: {order}"
-
 
 # ================================================================================================
 # 7. Batch
@@ -976,14 +956,15 @@ class Layer(nn.Module):
         self.up = Linear(c.hidden_size, up, c.mlp_bias, **factory)
         self.down = Linear(inner, c.hidden_size, c.mlp_bias, **factory)
 
-    def forward(self, x, k_cache, v_cache, batch, rope):
-        """x (T, E) -> (T, E); writes the K and V of the T tokens into their slots."""
+    def before_attention(self, x, rope):
+        """x (T, E) -> q (T, H, D); k, v (T, K, D)."""
         qkv = self.qkv(self.attn_norm(x)).unflatten(1, (-1, self.config.head_dim))
         qk, v = qkv.split((sum(self.heads), self.heads[1]), dim=1)         # (T, H+K, D), (T, K, D)
         qk = kernels.rotate_reference(qk, *rope) if rope else qk
-        q, k = qk.split(self.heads, dim=1)
-        batch.write_kv(k, v, k_cache, v_cache, batch.slot_mapping)
-        y = batch.attend(q, k_cache, v_cache, scale=self.config.head_dim ** -0.5)    # (T, H, D)
+        return *qk.split(self.heads, dim=1), v
+
+    def after_attention(self, x, y):
+        """x (T, E), and what its heads have read: y (T, H, D) -> (T, E)."""
         x = x + self.o(y.flatten(1))
         h = self.up(self.mlp_norm(x))
         if self.config.family == "gpt2":
@@ -1010,7 +991,10 @@ class Decoder(nn.Module):
         require(self.frequencies.isfinite().all(), "factor", getattr(c, "factor", None), "above 0")
 
     def forward(self, batch, kv_cache):
-        """-> logits (len(batch.last_rows), V) float32; kv_cache (L, 2, N, B, K, D) is written."""
+        """-> logits (len(batch.last_rows), V); the T tokens' K and V go into their slots.
+
+        kv_cache: (L, 2, N, B, K, D).
+        """
         x, rope = F.embedding(batch.input_ids, self.embed_tokens.weight), None           # (T, E)
         if self.config.family == "gpt2":
             x = x + F.embedding(batch.positions, self.embed_positions.weight)
@@ -1018,9 +1002,12 @@ class Decoder(nn.Module):
             angle = batch.positions[:, None, None] * self.frequencies      # (T, 1, D/2)
             rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for layer, (k_cache, v_cache) in zip(self.layers, kv_cache, strict=True):
-            x = layer(x, k_cache, v_cache, batch, rope)
+            q, k, v = layer.before_attention(x, rope)
+            batch.write_kv(k, v, k_cache, v_cache, batch.slot_mapping)
+            y = batch.attend(q, k_cache, v_cache, scale=self.config.head_dim ** -0.5)
+            x = layer.after_attention(x, y)
         # the vocabulary is the widest matrix: only rows that are sampled meet it
-        return self.lm_head(self.norm(x[batch.last_rows])).float()
+        return self.lm_head(self.norm(x[batch.last_rows]))
 
     def checkpoint_views(self):
         """{name in the checkpoint: the part of our parameters that it fills}, in its own shape.
@@ -1053,8 +1040,11 @@ class Decoder(nn.Module):
         return views
 
 
-def load_model(config, folder, device, dtype, load_format="auto"):
-    """A Decoder on `device`, filled from the folder or, as "dummy", with random weights."""
+def load_model(config, folder, device, dtype, load_format="auto", compiled=False):
+    """A Decoder on `device`, filled from the folder or, as "dummy", with random weights.
+
+    compiled: whether torch makes single kernels of what stands between the large matrices.
+    """
     with reading(folder / "config.json"):          # a rope setting is missing, or memory is short
         model = Decoder(config, device=device, dtype=dtype).requires_grad_(False)
     if load_format == "dummy":
@@ -1062,6 +1052,9 @@ def load_model(config, folder, device, dtype, load_format="auto"):
             parameter.normal_(0, 0.02)
     else:
         load_tensors(folder, model.checkpoint_views())
+    for layer in model.layers if compiled else ():
+        layer.before_attention = torch.compile(layer.before_attention, dynamic=True)
+        layer.after_attention = torch.compile(layer.after_attention, dynamic=True)
     return model
 
 
@@ -1075,6 +1068,21 @@ def load_model(config, folder, device, dtype, load_format="auto"):
 # ================================================================================================
 
 
+def sampling_options(seqs, num_steps, device):
+    """What kernels.sample_reference takes behind the logits, to draw the rows' next tokens.
+
+    The keys are (S, num_steps), a column for each step; the others hold for all steps.
+    """
+    params = [seq.params for seq in seqs]
+    options = torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in params],
+                           dtype=torch.float64, device=device)
+    seeds, positions = torch.tensor([(seq.seed, seq.num_tokens) for seq in seqs],
+                                    device=device).split(1, dim=1)
+    keys = kernels.random_bits_reference(seeds, positions + torch.arange(num_steps, device=device))
+    cut = any(p.top_p < 1 or p.top_k > 0 or p.min_p > 0 for p in params)
+    return cut, keys, *options.split(1, dim=1)
+
+
 def sample(logits, seqs):
     """One token for each row -> [(token_id, logprob, {token_id: logprob} or None), ...].
 
@@ -1083,16 +1091,23 @@ def sample(logits, seqs):
     logprobs, params = logits.log_softmax(-1), [seq.params for seq in seqs]
     for row, (seq, p) in enumerate(zip(seqs, params, strict=True)):
         kernels.penalize_reference(logits, row, seq.token_ids, p.repetition_penalty)
-    # the views keep their columns when S is 0, in a step that ends nobody's prompt
-    options = torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in params],
-                           dtype=torch.float64)
-    draws = torch.tensor([(seq.seed, seq.num_tokens) for seq in seqs], dtype=torch.int64)
-    tokens = kernels.sample_reference(logits, *options.view(-1, 4).T.to(logits.device),
-                                      *draws.view(-1, 2).T.to(logits.device))
+    tokens = logits.argmax(-1)
+    if any(p.temperature for p in params):
+        tokens = kernels.sample_reference(logits, *sampling_options(seqs, 1, logits.device))
     chosen = logprobs.gather(1, tokens[:, None])[:, 0]
     rows = enumerate(zip(tokens.tolist(), chosen.tolist(), params, strict=True))
     return [(token, logprob, kernels.top_logprobs_reference(logprobs, row, token, p.logprobs))
             for row, (token, logprob, p) in rows]
+
+
+@torch.inference_mode()
+def largest_step(model, kv_cache, num_seqs, num_tokens):
+    """Compute and sample as much as a step may, so that torch holds the memory that it takes."""
+    seq = Sequence([0] * max(1, num_tokens // num_seqs), SamplingParams(seed=0))
+    seq.block_table = [0] * seq.num_tokens         # all write to one block, and nobody reads it
+    batch = make_batch([(seq, seq.num_tokens)] * num_seqs, kv_cache.shape[3], kv_cache.device)
+    with reading("the largest step; lower max_num_seqs or max_num_batched_tokens"):
+        sample(model(batch, kv_cache).float(), [seq] * num_seqs)
 
 
 def beam_score(seq, num_generated=None):
@@ -1130,6 +1145,7 @@ class Engine:
         self.max_model_len, self.seeds = max_model_len, random.Random(seed)
         self.request_ids = itertools.count()       # in order of arrival
         self.steps_as_last = {}                    # {block_id: steps as a last block}, for stats()
+        self.graphs = None                         # kernels.DecodeGraphs, see LLM
 
     def add_request(self, prompt, params):
         """Queue a prompt, given as text or as token ids -> its request_id.
@@ -1179,29 +1195,65 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     @torch.inference_mode()
-    def step(self, watch=None):
-        """Schedule, run the model once, sample -> outputs of the requests that got a token.
+    def step(self, watch=None, only_finished=False):
+        """Schedule, run the model, sample -> outputs of the requests that got a token, or ended.
 
         watch(engine) is called at the end, while what finishes still holds its blocks.
         """
         # Some have ended and are still there only after a step that was interrupted then.
         moved = [group for group in self.scheduler.running if not group.unfinished()]
         if not moved and (scheduled := self.scheduler.schedule()):
-            moved = self._compute(scheduled)
-            self._count(scheduled)
+            num_steps = self._steps_ahead(scheduled)
+            moved = (self._compute(scheduled) if num_steps == 1 else
+                     self._run_ahead([seq for seq, _ in scheduled], num_steps))
+            self._count(scheduled, num_steps)
             if watch:
                 watch(self)
         for group in moved:
             self.pool.free(*(seq for seq in group.seqs if seq.finish_reason))  # siblings may go on
             if not group.unfinished():
                 self.scheduler.finish(group)
-        return [group.output() for group in moved]
+        return [group.output() for group in moved
+                if not (only_finished and group.unfinished())]
+
+    def _steps_ahead(self, scheduled, most=16):
+        """How many tokens the device may draw before the host looks at them: `most`, or 1.
+
+        1 if the host must see each, for prompts, beams, log-probabilities and penalties; and where
+        a text may reach the model's longest, or blocks are short.
+        """
+        plain = self.graphs and all(
+            seq.num_kv == seq.num_tokens - 1 >= seq.num_prompt_tokens
+            and seq.params.logprobs is None and seq.params.repetition_penalty == 1
+            and seq.num_kv + most <= self.max_model_len for seq, _ in scheduled)
+        room = plain and self.pool.num_needed([(seq, most) for seq, _ in scheduled])
+        return most if plain and room <= self.pool.num_free else 1
+
+    def _run_ahead(self, seqs, num_steps):
+        """Let the device draw num_steps tokens for each sequence -> the groups that got them.
+
+        It does not wait for the host, which learns the tokens of one step while later steps run,
+        and drops what comes behind the end of a text.
+        """
+        for seq in seqs:
+            self.pool.append(seq, num_steps)
+        self._move_blocks()
+        batch = make_batch([(seq, 1) for seq in seqs], self.pool.block_size, self.kv_cache.device)
+        options = sampling_options(seqs, num_steps, self.kv_cache.device)
+        for drawn in self.graphs.run_ahead(batch, *options):
+            for seq, token_id, logprob in zip(seqs, *drawn, strict=False):
+                if not seq.finish_reason:
+                    self.pool.publish(seq, 1)
+                    seq.num_kv += 1
+                    self._append_token(seq, int(token_id), logprob)
+                    self.counts["generated_tokens"] += 1
+        return list(self.scheduler.running)
 
     def _compute(self, scheduled):
-        """Run the model once, and sample -> the groups that got a token."""
+        """Run the model, and sample -> the groups that got a token."""
         self._move_blocks()
         batch = make_batch(scheduled, self.pool.block_size, self.kv_cache.device)
-        logits = self.model(batch, self.kv_cache)
+        logits = (self.graphs or self.model)(batch, self.kv_cache).float()
         # Up to here a step that is interrupted is simply done again, and from here on as well: a
         # sequence that has all its K and V, and no new token, computes its last one once more.
         for seq, num_new in scheduled:
@@ -1283,24 +1335,27 @@ class Engine:
             seq.text = text[:max(0, min([len(text) - held_back, *stops]))]
         return seq
 
-    def _count(self, scheduled):
-        """What the KV memory of this step holds: tokens, or slots not (yet) used (paper, Fig 2).
+    def _count(self, scheduled, num_steps):
+        """What the KV memory of these steps holds: tokens, or slots not (yet) used (paper, Fig 2).
 
         Only at its end a sequence shows which slots of its last block were for nothing.
         """
         counts, pool, size = self.counts, self.pool, self.pool.block_size
         seqs = [seq for group in self.scheduler.running for seq in group.seqs if seq.block_table]
         last = {seq.block_table[-1]: seq for seq in seqs}              # a shared one counts once
-        self.steps_as_last = {b: self.steps_as_last.get(b, 0) + 1 for b in last}
+        self.steps_as_last = {b: self.steps_as_last.get(b, 0) + num_steps for b in last}
         num_held, num_rows = pool.num_blocks - pool.num_free, sum(len(s.block_table) for s in seqs)
         counts["blocks_peak"] = max(counts["blocks_peak"], num_held)
-        counts.update(steps=1, running=len(self.scheduler.running), slots=num_held * size,
-                      computed_tokens=sum(num_new for _, num_new in scheduled),
-                      saved=(num_rows - num_held) / max(1, num_rows))
+        counts.update(steps=num_steps, running=num_steps * len(self.scheduler.running),
+                      slots=num_steps * num_held * size,
+                      computed_tokens=num_steps * sum(num_new for _, num_new in scheduled),
+                      saved=num_steps * (num_rows - num_held) / max(1, num_rows))
         for block_id, seq in last.items():
-            counts["unused"] += -seq.num_kv % size
+            empty = len(seq.block_table) * size - seq.num_kv
+            # of several steps, the one before had one more empty, the one before that two more
+            counts["unused"] += num_steps * empty + num_steps * (num_steps - 1) // 2
             if seq.finish_reason:
-                counts["never_used"] += -seq.num_kv % size * self.steps_as_last.pop(block_id)
+                counts["never_used"] += empty * self.steps_as_last.pop(block_id)
 
     def stats(self):
         """Counters since the start.
@@ -1331,24 +1386,26 @@ class LLM:
     """A model with its tokenizer and engine: generate() takes prompts and returns texts.
 
     Example: LLM().generate("ROMEO:", SamplingParams(temperature=0))[0].outputs[0].text
+
+    model: "tiny" (shipped), a folder, or a Hugging Face repo id.
+    dtype: "auto" is float32 on a CPU and the checkpoint's on a GPU.
+    num_blocks: None is as many as fit: on a CPU into 1 GiB.
+    gpu_memory_utilization: the share of a GPU's memory for weights, KV cache and computing.
+    swap_blocks: blocks in the CPU's memory for preempted requests.
+    preemption: "recompute", "swap" (while swap_blocks last, then recompute), or "auto": swap for
+        requests with several sequences, recompute for the others.
+    max_model_len: most tokens of prompt and output; None is what model and pool can hold.
+    load_format: "dummy" is random weights, for benchmarks.
+    enforce_eager: on a GPU, no CUDA graphs and no compiler: to step through it.
+    Raises: ValueError, FileNotFoundError, OSError, MemoryError with one line each.
     """
 
     def __init__(self, model="tiny", device="auto", dtype="auto", block_size=16, num_blocks=None,
                  gpu_memory_utilization=0.9, swap_blocks=0, preemption="auto",
                  enable_prefix_caching=True, max_num_seqs=256, max_num_batched_tokens=8192,
-                 max_model_len=None, seed=0, load_format="auto", skip_tokenizer_init=False):
-        """Load a model and set its KV cache aside.
-
-        model: "tiny" (shipped), a folder, or a Hugging Face repo id.
-        dtype: "auto" is float32 on a CPU and the checkpoint's on a GPU.
-        num_blocks: None is what max_num_seqs longest sequences need, if memory allows.
-        swap_blocks: blocks in the CPU's memory for preempted requests.
-        preemption: "recompute", "swap" (while swap_blocks last, then recompute), or "auto": swap
-            for requests with several sequences, recompute for the others.
-        max_model_len: most tokens of prompt and output; None is what model and pool can hold.
-        load_format: "dummy" is random weights, for benchmarks.
-        Raises: ValueError, FileNotFoundError, OSError, MemoryError with one line each.
-        """
+                 max_model_len=None, seed=0, load_format="auto", skip_tokenizer_init=False,
+                 enforce_eager=False):
+        """Load a model and set its KV cache aside: see the class."""
         check_all(locals(), LIMITS, optional=("num_blocks", "max_model_len"))
         require(preemption != "swap" or swap_blocks, "swap_blocks", swap_blocks,
                 "above 0 for preemption='swap'")
@@ -1358,20 +1415,25 @@ class LLM:
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else config.dtype
         self.tokenizer = None if skip_tokenizer_init else Tokenizer(folder)
-        decoder = load_model(config, folder, device, DTYPES[dtype], load_format)
-        most_tokens = max_num_seqs * (max_model_len or config.max_position_embeddings)
-        shape = config.num_key_value_heads, config.head_dim, DTYPES[dtype]
+        graphs = device == "cuda" and not enforce_eager
+        decoder = load_model(config, folder, device, DTYPES[dtype], load_format, compiled=graphs)
+        shape = (config.num_hidden_layers, block_size, config.num_key_value_heads, config.head_dim,
+                 DTYPES[dtype])
         kv_cache = kernels.fit_kv_cache(
-            config.num_hidden_layers, num_blocks, block_size, *shape, device,
-            most_blocks=-(-most_tokens // block_size), utilization=gpu_memory_utilization)
-        swap_cache = kernels.fit_kv_cache(config.num_hidden_layers, swap_blocks, block_size, *shape,
-                                          "cpu", pin=device == "cuda")
+            num_blocks, *shape, device, utilization=gpu_memory_utilization,
+            largest_step=lambda cache: largest_step(
+                decoder, cache, max_num_seqs, max_num_batched_tokens))
+        swap_cache = kernels.fit_kv_cache(swap_blocks, *shape, "cpu", pin=device == "cuda")
         longest = min(config.max_position_embeddings, kv_cache.shape[2] * block_size)
         check("max_model_len", max_model_len or longest, (int, 2, longest))
         scheduler = Scheduler(BlockPool(*kv_cache.shape[2:4]), BlockPool(*swap_cache.shape[2:4]),
                               preemption, max_num_seqs, max_num_batched_tokens)
         self.engine = Engine(scheduler, decoder, self.tokenizer, kv_cache, swap_cache,
                              enable_prefix_caching, max_model_len or longest, seed)
+        if graphs:
+            with reading("CUDA graphs; lower gpu_memory_utilization or max_num_seqs"):
+                self.engine.graphs = kernels.DecodeGraphs(
+                    decoder, kv_cache, max_num_seqs, -(-self.engine.max_model_len // block_size))
         self.stats = self.engine.stats             # a function: llm.stats()
 
     def generate(self, prompts, sampling_params=None):
@@ -1392,7 +1454,7 @@ class LLM:
             for prompt, p in zip(prompts, params, strict=True):
                 request_ids.append(self.engine.add_request(prompt, p))
             while any(request_id not in finished for request_id in request_ids):
-                finished |= {out.request_id: out for out in self.engine.step() if out.finished}
+                finished |= {out.request_id: out for out in self.engine.step(only_finished=True)}
         finally:                                   # after an error or Ctrl-C nothing is left over
             self.engine.abort(*request_ids)
         return [finished[request_id] for request_id in request_ids]
@@ -1430,7 +1492,8 @@ def print_report(engine, seconds):
 {cached_tokens} cached tokens
     attention: {attention} on {device}"""
     stats, text = engine.stats(), inspect.cleandoc(print_report.__doc__)     # the text just above
-    attention = "Triton kernels" if engine.kv_cache.is_cuda else "torch reference"
+    eager = "CUDA graphs of Triton kernels" if engine.graphs else "Triton kernels"
+    attention = eager if engine.kv_cache.is_cuda else "torch reference"
     print(text.format(**stats, seconds=seconds, speed=stats["generated_tokens"] / seconds,
                       attention=attention, device=engine.kv_cache.device), file=sys.stderr)
 
@@ -1468,7 +1531,7 @@ class CommandLine(argparse.ArgumentParser):
     --device NAME         cpu, cuda or auto (the default)
     --dtype NAME          float32, bfloat16, float16 or auto (the default)
     --block-size N        tokens a block (16)
-    --num-blocks N        blocks in the pool (as many as are useful and fit)
+    --num-blocks N        blocks in the pool (as many as fit; on a CPU 1 GiB of them)
     --swap-blocks N       blocks in the CPU's memory for preempted requests (0)
     --preemption NAME     recompute, swap (while --swap-blocks last) or auto (the default): swap for
                           requests with several texts, recompute for the others
@@ -1476,6 +1539,7 @@ class CommandLine(argparse.ArgumentParser):
     --max-num-batched-tokens N
                           tokens computed a step (8192)
     --max-model-len N     tokens of prompt and output together (what the model was made for)
+    --enforce-eager       on a GPU, no CUDA graphs and no compiler: to step through it
     --show-blocks         draw pool and block tables on stderr after each step
     --json                print one JSON object a prompt
     --verbose             report even if stderr is no terminal

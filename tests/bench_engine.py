@@ -1,7 +1,9 @@
-"""How fast is nanopaged on this CPU, beside transformers' `generate`, in one run?
+"""How fast is nanopaged: on this CPU beside transformers' `generate`, or against the roofline?
 
     python tests/bench_engine.py [--model FOLDER|smollm2] [--requests 16] [--prompt-len 64]
                                  [--max-tokens 64] [--threads N] [--rounds 3]
+    python tests/bench_engine.py --workload single|nano256|REQUESTSxINxOUT [--model 1b|8b|FOLDER]
+                                 [--eager] [--rounds 3]
 
 Three questions, all in float32 and greedy:
   one request       tokens/s of a single sequence: the cost of one step
@@ -13,16 +15,26 @@ Only a comparison within one run means anything, so the engines take turns, roun
 each figure is the median of its rounds. transformers is no dependency: without it the same
 figures are printed, less the comparison. Where other programs run too, give fewer threads than
 cores: torch's threads wait for the slowest of them, at every operation.
+
+With --workload: how near a run on the GPU, or the CPU, comes to what memory and arithmetic allow.
+The floor is measured in the same run: every weight read once a step and each request's K and V once
+a token at the rate of a large copy, the prompts' products at the rate of a large product. 1b and 8b
+are the shapes of Llama 3.2 1B and 3.1 8B with random weights; nano256 is nano-vllm's own benchmark,
+256 requests of 100 to 1,024 tokens in and out. Printed are tokens/s and the share of the floor of
+each round (the first compiles kernels), the seconds until the engine was ready, and the host's
+microseconds a step: what a step took, less the time in which it waited for the device.
 """
 
 import argparse
 import importlib.util
+import json
 import os
 import platform
 import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -146,6 +158,138 @@ def first_token_seconds(options: list[str], args) -> float:
     return statistics.median(times[1:])
 
 
+# ---- against the roofline -----------------------------------------------------------------------
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "vocab_size": 128256, "rms_norm_eps": 1e-5,
+         "max_position_embeddings": 8192, "rope_theta": 500000.0, "dtype": "bfloat16",
+         "num_attention_heads": 32, "num_key_value_heads": 8, "eos_token_id": 2}
+SHAPES = {
+    "1b": LLAMA | {"hidden_size": 2048, "num_hidden_layers": 16, "head_dim": 64,
+                   "intermediate_size": 8192, "tie_word_embeddings": True},
+    "8b": LLAMA | {"hidden_size": 4096, "num_hidden_layers": 32, "head_dim": 128,
+                   "intermediate_size": 14336, "tie_word_embeddings": False}}
+
+
+def make_workload(name: str) -> tuple[list[list[int]], list[int]]:
+    """Return (prompts as token ids, output length of each)."""
+    draw = random.Random(0)
+    if name == "nano256":
+        lengths = [(draw.randint(100, 1024), draw.randint(100, 1024)) for _ in range(256)]
+    else:
+        num, length, most = (1, 128, 512) if name == "single" else map(int, name.split("x"))
+        lengths = [(length, most)] * num
+    prompts = [[draw.randrange(3, 1000) for _ in range(length)] for length, _ in lengths]
+    return prompts, [most for _, most in lengths]
+
+
+def rate(work: Callable[[], object], amount: float, device: str) -> float:
+    """Return amount / seconds of `work`, the best of five."""
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return amount / min(times[1:])
+
+
+def device_rates(device: str, dtype: torch.dtype) -> tuple[float, float]:
+    """Return (bytes a second that a large copy reads and writes, operations a second)."""
+    size, width = (1 << 30, 8192) if device == "cuda" else (1 << 27, 1024)
+    a = torch.ones(size, dtype=torch.uint8, device=device)
+    b, x = torch.empty_like(a), torch.randn(width, width, dtype=dtype, device=device)
+    return (rate(lambda: b.copy_(a), 2 * size, device),
+            rate(lambda: x @ x, 2 * width ** 3, device))
+
+
+def floor_seconds(engine, prompts, lengths, bandwidth: float, flops: float) -> float:
+    """Return the least time for a workload on this device: see the head of this file."""
+    weights = sum(parameter.numel() for parameter in engine.model.parameters())
+    head = engine.model.lm_head.weight.numel()
+    num_bytes = engine.kv_cache.element_size()
+    kv_bytes = engine.kv_cache[:, :, 0, 0].nbytes             # of one token
+    read = sum(sum(range(len(prompt), len(prompt) + most))
+               for prompt, most in zip(prompts, lengths, strict=True))
+    untied = 0 if engine.model.config.tie_word_embeddings else head      # the table is not read
+    return ((max(lengths) * (weights - untied) * num_bytes + read * kv_bytes) / bandwidth
+            + 2 * sum(map(len, prompts)) * (weights - head - untied) / flops)
+
+
+class Waiting:
+    """Counts the seconds in which the host waits for the device (on a CPU: lets it compute)."""
+
+    def __init__(self, engine):
+        self.seconds = 0.0
+        if engine.kv_cache.is_cuda:
+            torch.cuda.Event.synchronize = self.timed(torch.cuda.Event.synchronize)
+            synchronize, next_tokens = self.timed(torch.cuda.synchronize), engine._next_tokens
+
+            def after_all_is_computed(groups, logits):
+                synchronize()
+                next_tokens(groups, logits)
+            engine._next_tokens = after_all_is_computed
+        else:
+            engine.model.forward = self.timed(engine.model.forward)
+
+    def timed(self, function):
+        def wrapper(*args, **kwargs):
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += time.perf_counter() - start
+        return wrapper
+
+
+def measure_workload(args) -> None:
+    """Print how near the engine comes to the floor, round by round."""
+    from nanopaged import LLM, SamplingParams
+
+    settings = {"enable_prefix_caching": False, "enforce_eager": args.eager, "max_num_seqs": 512}
+    with tempfile.TemporaryDirectory() as folder:
+        if args.model in SHAPES:
+            (Path(folder) / "config.json").write_text(json.dumps(SHAPES[args.model]))
+            settings |= {"load_format": "dummy", "skip_tokenizer_init": True}
+        else:
+            folder = smollm2.folder() if args.model == "smollm2" else args.model
+        llm = LLM(str(folder), **settings)
+    engine, device = llm.engine, llm.engine.kv_cache.device.type
+    # perf_counter starts anywhere; the process knows when it was started
+    ready = time.time() - started_at() if started_at() else float("nan")
+    prompts, lengths = make_workload(args.workload)
+    params = [SamplingParams(temperature=0.6, max_tokens=most, ignore_eos=True, seed=i)
+              for i, most in enumerate(lengths)]
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+    bandwidth, flops = device_rates(device, engine.kv_cache.dtype)
+    floor = floor_seconds(engine, prompts, lengths, bandwidth, flops)
+    print(f"{args.model}, {args.workload}, {name}, torch {torch.__version__}"
+          f"{', eager' if args.eager else ''}: ready after {ready:.1f} s; "
+          f"copy {bandwidth / 1e9:,.0f} GB/s, product {flops / 1e12:,.2f} TFLOP/s")
+    waiting = Waiting(engine)
+    for round_id in range(args.rounds):
+        steps, waiting.seconds, start = llm.stats()["steps"], 0.0, time.perf_counter()
+        outputs = llm.generate(prompts, params)
+        seconds, steps = time.perf_counter() - start, llm.stats()["steps"] - steps
+        num_tokens = sum(len(out.outputs[0].token_ids) for out in outputs)
+        assert num_tokens == sum(lengths), f"{num_tokens} tokens, not {sum(lengths)}"
+        host = seconds - waiting.seconds
+        print(f"  round {round_id + 1}: {num_tokens / seconds:10,.1f} tokens/s, "
+              f"{floor / seconds:.1%} of the roofline; host {host / steps * 1e6:,.0f} us a step, "
+              f"{host / seconds:.1%} of the time", flush=True)
+
+
+def started_at() -> float | None:
+    """When this process was started (as time.time() counts), where the system tells."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        boot = next(line for line in Path("/proc/stat").read_text().splitlines()
+                    if line.startswith("btime"))
+        return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, StopIteration, ValueError, IndexError):
+        return None
+
+
 # ---- the report ---------------------------------------------------------------------------------
 
 
@@ -171,7 +315,10 @@ def print_speeds(title: str, speeds: dict[str, float], agreement: float) -> None
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="smollm2", help="a model folder, or smollm2 (default)")
+    parser.add_argument("--model", default="smollm2",
+                        help="a model folder, or smollm2 (default); with --workload also 1b, 8b")
+    parser.add_argument("--workload", help="single, nano256, or requests x tokens in x tokens out")
+    parser.add_argument("--eager", action="store_true", help="with --workload: no CUDA graphs")
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--prompt-len", type=int, default=64)
     parser.add_argument("--max-tokens", type=int, default=64)
@@ -184,6 +331,8 @@ def main() -> None:
     """Run the three measurements and print each as soon as it is known."""
     args = parse_arguments()
     torch.set_num_threads(args.threads)
+    if args.workload:
+        return measure_workload(args)
     folder = smollm2.folder() if args.model == "smollm2" else Path(args.model)
     capability = torch.backends.cpu.get_cpu_capability()
     print(f"{folder.name}, float32, {args.prompt_len} tokens in, {args.max_tokens} out")

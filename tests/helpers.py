@@ -1,6 +1,7 @@
 """What several test modules share: golden checkpoints, plain sequences, and checked engine runs."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,6 +43,27 @@ def make_scheduler(num_blocks, block_size, max_num_seqs=256, budget=64, swap_blo
     """A scheduler over pools of its own."""
     return Scheduler(BlockPool(num_blocks, block_size), BlockPool(swap_blocks, block_size),
                      preemption, max_num_seqs, budget)
+
+
+def check_pool(pool, seqs):
+    """Assert I1, I2, I4 and I6 of a pool; `seqs` are all sequences that hold blocks."""
+    rows = Counter(block_id for seq in seqs for block_id in seq.block_table)
+    held = [(seq.num_kv, len(seq.block_table)) for seq in seqs]
+    assert all(num == -(-num_kv // pool.block_size) for num_kv, num in held), f"I4: {held}"
+    counted = [rows[block_id] for block_id in range(pool.num_blocks)]
+    assert counted == pool.ref_count, f"I1: {counted} rows, but ref_count {pool.ref_count}"
+    held_or_free = sorted([*rows, *pool.free_blocks])
+    assert held_or_free == [*range(pool.num_blocks)], f"I2: lost or there twice: {held_or_free}"
+    assert pool.key_of == {b: key for key, b in pool.cached.items()}, "I6: stale keys"
+
+
+def check(scheduler):
+    """Assert the invariants of a scheduler's pools and queues."""
+    check_pool(scheduler.pool, [seq for group in scheduler.running for seq in group.seqs])
+    # of those that wait, whoever is not swapped out has no blocks, here or in the pool (I7)
+    check_pool(scheduler.swap_pool, [seq for group in scheduler.waiting for seq in group.seqs])
+    order = [group.request_id for group in [*scheduler.running, *scheduler.waiting]]
+    assert order == sorted(order), f"first come, first served is broken: {order}"
 
 
 def can_append(pool, seq, num_new):
@@ -86,8 +108,9 @@ def golden(name):
 
 def golden_llm(name, **settings):
     """The engine on a small checkpoint, whose prompts are token ids."""
-    # a small pool, so that check() is cheap; float32, as the golden files are, on a GPU too
-    settings = {"num_blocks": 64, "dtype": "float32"} | settings
+    # a small pool, so that check() is cheap; float32, as the golden files are, on a GPU too, and
+    # there kernel by kernel: each model would be compiled
+    settings = {"num_blocks": 64, "dtype": "float32", "enforce_eager": True} | settings
     return LLM(str(GOLDEN / "models" / name), skip_tokenizer_init=True, **settings)
 
 
@@ -102,7 +125,7 @@ def run_checked(engine, max_steps=2000, after_step=None, watch=None):
         if not engine.has_unfinished_requests():
             return outputs
         moved = engine.step(watch)
-        engine.scheduler.check()
+        check(engine.scheduler)
         outputs |= {output.request_id: output for output in moved}
         if after_step:
             after_step(moved)
@@ -138,7 +161,7 @@ def blocks_needed(block_size, prompt, params):
 def assert_nothing_left(llm):
     """No request, and no block held: what ended or failed has given everything back."""
     assert not llm.engine.has_unfinished_requests()
-    llm.engine.scheduler.check()
+    check(llm.engine.scheduler)
     assert llm.stats()["blocks_used"] == 0, "blocks are still held by nobody"
 
 

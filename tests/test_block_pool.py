@@ -4,7 +4,7 @@ import copy
 import random
 
 import pytest
-from helpers import begin, can_append, make_seq, swap, take_copies
+from helpers import begin, can_append, check_pool, make_seq, swap, take_copies
 
 from nanopaged import BlockPool, OutOfBlocks, SamplingParams, Sequence
 
@@ -54,7 +54,7 @@ def test_paper_figure_6():
         seq.token_ids.append(1)
         compute(pool, seq)
         assert (seq.num_kv, seq.block_table) == (num_kv, table)
-        pool.check([seq, *others])
+        check_pool(pool, [seq, *others])
     assert pool.num_free == 0
 
 
@@ -72,17 +72,17 @@ def test_paper_figure_8():
     assert take_copies(pool) == [(1, 3)]
     assert (a1.block_table, a2.block_table) == ([7, 3], [7, 1])
     assert [pool.ref_count[i] for i in (7, 1, 3)] == [2, 1, 1]
-    pool.check([a1, a2, *others])
+    check_pool(pool, [a1, a2, *others])
     a2.token_ids.append(6)
     compute(pool, a2)                                # A2 is alone in block 1: it writes in place
     assert take_copies(pool) == []
     assert (a1.block_table, a2.block_table) == ([7, 3], [7, 1])
-    pool.check([a1, a2, *others])
+    check_pool(pool, [a1, a2, *others])
     pool.free(a1)
     assert [pool.ref_count[i] for i in (7, 1, 3)] == [1, 1, 0]
     pool.free(a2)
     assert pool.num_free == 3
-    pool.check(others)
+    check_pool(pool, others)
 
 
 def test_paper_figure_9():
@@ -100,7 +100,7 @@ def test_paper_figure_9():
     assert [beam.block_table for beam in beams] == [[0, 1, 3, 5], [0, 1, 3, 6], [0, 1, 3, 7],
                                                     [0, 2, 4, 8]]
     assert [pool.ref_count[i] for i in range(13)] == [4, 3, 1, 3, 1, 1, 1, 1, 1, 0, 0, 0, 0]
-    pool.check([*beams, *others])
+    check_pool(pool, [*beams, *others])
     new = [make_child(pool, beams[i]) for i in (1, 1, 2, 2)]     # the top 4 come from 1 and 2
     for beam in beams:
         pool.free(beam)
@@ -111,7 +111,7 @@ def test_paper_figure_9():
     assert [beam.block_table for beam in new] == [[0, 1, 3, 6, 9], [0, 1, 3, 6, 10],
                                                   [0, 1, 3, 7, 11], [0, 1, 3, 7, 12]]
     assert take_copies(pool) == [], "all shared blocks are full: nobody writes to them"
-    pool.check([*new, *others])
+    check_pool(pool, [*new, *others])
 
 
 @pytest.mark.parametrize("num_kv, held, held_after", [(3, 1, 1), (4, 1, 2), (5, 2, 2), (8, 2, 3),
@@ -126,10 +126,10 @@ def test_a_block_is_taken_when_num_kv_crosses_a_boundary(num_kv, held, held_afte
     compute(pool, seq, num_kv)
     seq.token_ids.append(1)                          # sampled: num_tokens = num_kv + 1
     assert len(seq.block_table) == held
-    pool.check([seq])
+    check_pool(pool, [seq])
     compute(pool, seq)
     assert len(seq.block_table) == held_after
-    pool.check([seq])
+    check_pool(pool, [seq])
 
 
 def test_appending_nothing_takes_nothing():
@@ -140,7 +140,7 @@ def test_appending_nothing_takes_nothing():
     compute(pool, seq, 4)
     pool.append(seq, 0)
     assert len(seq.block_table) == 1
-    pool.check([seq])
+    check_pool(pool, [seq])
 
 
 def test_a_pool_can_be_used_to_its_last_slot():
@@ -163,7 +163,7 @@ def test_out_of_blocks_changes_nothing(num_new):
     with pytest.raises(OutOfBlocks):
         pool.append(b, num_new)
     assert snapshot(pool, [a, b]) == before
-    pool.check([a, b])
+    check_pool(pool, [a, b])
     compute(pool, b)                                 # what does fit still works
 
 
@@ -176,7 +176,7 @@ def test_a_large_request_fails_beside_free_blocks():
         pool.append(b, 13)
     assert snapshot(pool, [a, b]) == before
     compute(pool, b, 12)
-    pool.check([a, b])
+    check_pool(pool, [a, b])
 
 
 def test_many_requests_through_a_small_pool():
@@ -189,7 +189,7 @@ def test_many_requests_through_a_small_pool():
             compute(pool, seq)
         assert sorted(seq.block_table) == list(range(8)), f"request {request}: not the whole pool"
         pool.free(seq)
-        pool.check([])
+        check_pool(pool, [])
         assert pool.num_free == 8, f"request {request} leaked"
 
 
@@ -200,7 +200,7 @@ def test_free_keeps_the_tokens_and_forgets_the_cache():
     pool.free(seq)
     assert (seq.num_kv, seq.block_table, seq.num_tokens) == (0, [], 9)
     pool.free(seq)                                   # nothing is held: nothing happens
-    pool.check([seq])
+    check_pool(pool, [seq])
     assert pool.num_free == 4
 
 
@@ -236,7 +236,7 @@ def test_random_programs(block_size):
             random_step(pool, seqs, rng)
             where = f"block_size {block_size}, seed {seed}, step {step}"
             try:
-                pool.check(seqs)
+                check_pool(pool, seqs)
             except AssertionError as error:
                 raise AssertionError(f"{where}: {error}") from error
             held = [block_id for seq in seqs for block_id in seq.block_table]
@@ -246,7 +246,7 @@ def test_random_programs(block_size):
                 assert 0 <= waste < block_size, f"{where}: {waste} slots wasted"
         for seq in seqs:
             pool.free(seq)
-        pool.check([])
+        check_pool(pool, [])
         assert pool.num_free == pool.num_blocks, f"seed {seed}: leaked"
 
 
@@ -255,7 +255,7 @@ def broken_pool():
     pool, a, b = BlockPool(8, 4), make_seq(7), make_seq(5)
     compute(pool, a, 7)
     compute(pool, b, 5)
-    pool.check([a, b])
+    check_pool(pool, [a, b])
     return pool, a, b
 
 
@@ -265,10 +265,10 @@ def test_check_sees_a_wrong_reference_count():
     for delta in (1, -1):
         pool.ref_count[b.block_table[0]] += delta
         with pytest.raises(AssertionError, match="I1"):
-            pool.check([a, b])
+            check_pool(pool, [a, b])
         pool.ref_count[b.block_table[0]] -= delta
     with pytest.raises(AssertionError, match="I1"):
-        pool.check([a])                              # b's blocks are held, and no row has them
+        check_pool(pool, [a])                        # b's blocks are held, and no row has them
 
 
 def test_check_sees_a_block_in_two_tables():
@@ -277,7 +277,7 @@ def test_check_sees_a_block_in_two_tables():
     thief = make_seq(7)
     thief.num_kv, thief.block_table = 7, list(a.block_table)
     with pytest.raises(AssertionError, match="I1"):
-        pool.check([a, b, thief])
+        check_pool(pool, [a, b, thief])
 
 
 def test_check_sees_a_lost_block():
@@ -287,7 +287,7 @@ def test_check_sees_a_lost_block():
         pool.ref_count[block_id] = 0
     b.num_kv, b.block_table = 0, []
     with pytest.raises(AssertionError, match="I2"):
-        pool.check([a, b])
+        check_pool(pool, [a, b])
 
 
 def test_check_sees_a_block_both_free_and_held():
@@ -299,7 +299,7 @@ def test_check_sees_a_block_both_free_and_held():
     for block_id in table:
         pool.ref_count[block_id] = 1
     with pytest.raises(AssertionError, match="I2"):
-        pool.check([a, b])
+        check_pool(pool, [a, b])
 
 
 def test_check_sees_a_block_freed_twice():
@@ -310,7 +310,7 @@ def test_check_sees_a_block_freed_twice():
         for _ in range(2):
             b.block_table = list(table)
             pool.free(b)
-        pool.check([a, b])
+        check_pool(pool, [a, b])
 
 
 @pytest.mark.parametrize("num_kv", [3, 4, 9])
@@ -319,7 +319,7 @@ def test_check_sees_blocks_that_do_not_fit_num_kv(num_kv):
     pool, a, b = broken_pool()
     b.num_kv = num_kv                                # its two blocks hold 5 to 8
     with pytest.raises(AssertionError, match="I4"):
-        pool.check([a, b])
+        check_pool(pool, [a, b])
 
 
 # --- what blocks hold: copies, prefix cache, swap -----------------------------------------------
@@ -366,7 +366,7 @@ class Memory:
 
     def check(self, seqs):
         """The invariants, and that each sequence reads its own text."""
-        self.pool.check(seqs)
+        check_pool(self.pool, seqs)
         for seq in seqs:
             for i in range(seq.num_kv):
                 slot = seq.block_table[i // self.pool.block_size], i % self.pool.block_size
@@ -406,7 +406,7 @@ def test_can_append_counts_the_copies(num_kv, num_children):
             for seq in seqs:
                 compute(pool, seq)
             assert len(take_copies(pool)) == (num_children if num_kv % 4 else 0)
-            pool.check(seqs)
+            check_pool(pool, seqs)
 
 
 def test_a_copy_that_does_not_fit_changes_nothing():
@@ -421,7 +421,7 @@ def test_a_copy_that_does_not_fit_changes_nothing():
     pool.free(a)
     compute(pool, b)                                 # now it is alone: in place
     assert take_copies(pool) == []
-    pool.check([b])
+    check_pool(pool, [b])
 
 
 def test_a_text_is_found_again():

@@ -13,6 +13,7 @@ from helpers import (
     ROOT,
     Interrupt,
     assert_nothing_left,
+    check,
     golden,
     golden_llm,
     greedy_params,
@@ -22,8 +23,9 @@ from helpers import (
 )
 from safetensors import safe_open
 
+import kernels
 import nanopaged
-from nanopaged import LLM, Engine, SamplingParams
+from nanopaged import LLM, Engine, SamplingParams, largest_step
 
 MODEL = "llama_gqa_tied"                               # 131 tokens, 128 positions
 PROMPTS, GREEDY = golden(MODEL)                        # of 1, 7, 16 and 33 tokens; 24 more of each
@@ -219,7 +221,7 @@ def test_requests_without_a_seed_differ_and_can_be_repeated():
 # For each field of SamplingParams: settings, and what changes the output when it is added to them.
 EFFECTS = {
     "temperature": ({"seed": 1}, {"temperature": 0}), "top_p": ({"seed": 1}, {"top_p": 0.01}),
-    "top_k": ({"seed": 1}, {"top_k": 2}), "min_p": ({"seed": 1}, {"min_p": 0.99}),
+    "top_k": ({"seed": 1}, {"top_k": 2}), "min_p": ({"seed": 1}, {"min_p": 1.0}),
     "seed": ({"seed": 1}, {"seed": 2}), "max_tokens": ({"seed": 1}, {"max_tokens": 3}),
     "stop": ({"seed": 1}, {"stop": ["a", "e", "i", "o", "u"]}),
     "stop_token_ids": ({"seed": 1}, {"stop_token_ids": list(range(1, 900, 2))}),
@@ -631,7 +633,7 @@ def test_abort(llm):
     held = llm.stats()["blocks_used"]
     assert engine.abort(ids[3]), "while it runs"
     assert llm.stats()["blocks_used"] <= held - 9      # 33 tokens in blocks of 4
-    engine.scheduler.check()
+    check(engine.scheduler)
     assert not engine.abort(ids[3]) and not engine.abort(10**9), "not there (any more)"
     outputs = run_checked(engine)
     assert {i: token_ids(out) for i, out in outputs.items()} == {ids[0]: GREEDY[0],
@@ -733,6 +735,21 @@ def test_memory_is_not_wasted():
     llm = golden_llm(MODEL, block_size=4, num_blocks=100)
     serve(llm, [(prompt, greedy_params()) for prompt in PROMPTS])
     assert llm.stats()["kv_tokens"] > 0.9
+
+
+def test_the_largest_step_is_as_large_as_a_step_can_be(llm):
+    """Memory for a smaller one, so that a full batch later finds none; or a row without logits."""
+    seen, model = [], llm.engine.model
+
+    def spy(batch, kv_cache):
+        seen.append((len(batch.input_ids), len(batch.last_rows), kv_cache.shape[2]))
+        return model(batch, kv_cache)
+
+    cache = kernels.new_kv_cache(*llm.engine.kv_cache.shape[:1], 1, *llm.engine.kv_cache.shape[3:],
+                                 torch.float32, llm.engine.kv_cache.device)
+    for num_seqs, num_tokens in ((4, 64), (7, 64), (1, 9), (8, 3)):
+        largest_step(spy, cache, num_seqs, num_tokens)
+    assert seen == [(64, 4, 1), (63, 7, 1), (9, 1, 1), (8, 8, 1)]
 
 
 def test_params_of_another_type_are_refused(llm):

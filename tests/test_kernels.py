@@ -344,8 +344,8 @@ def few_programs(monkeypatch):
 
 @pytest.fixture
 def many_parts(monkeypatch):
-    """Contexts of a few hundred tokens are split as only those of many thousand are elsewhere."""
-    monkeypatch.setattr(kernels, "MIN_PART", 64)
+    """A GPU so large that a few programs do not fill it: contexts of 100 tokens are split."""
+    monkeypatch.setattr(kernels, "NUM_SMS", 132)
 
 
 @needs_triton
@@ -363,7 +363,7 @@ def test_kernel_on_random_batches(seed, monkeypatch):
         lens = [(past, 1) for past, _ in lens]                       # decodes only
     lens.append((rng.randint(0, longest), 1))                        # at least one query
     if rng.random() < 0.5:
-        monkeypatch.setattr(kernels, "MIN_PART", 64)
+        monkeypatch.setattr(kernels, "NUM_SMS", 132)
     assert_kernel_attends(on_device(
         lens, heads=(num_kv_heads * group, num_kv_heads), block_size=2 ** rng.randint(0, 8),
         head_dim=rng.choice([32, 64, 80, 96, 128]), dtype=rng.choice(DTYPES), seed=seed))

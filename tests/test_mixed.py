@@ -15,6 +15,7 @@ from helpers import (
     all_token_ids,
     assert_nothing_left,
     blocks_needed,
+    check,
     golden,
     golden_llm,
     greedy_params,
@@ -126,7 +127,7 @@ def add_and_abort(llm, rng, num_requests):
             request_id = rng.choice(list(live))
             if llm.engine.abort(request_id):
                 aborted.add(request_id)
-        llm.engine.scheduler.check()
+        check(llm.engine.scheduler)
     return come_and_go, to_come, live, aborted
 
 

@@ -7,7 +7,6 @@ import torch
 from helpers import make_seq
 
 import kernels
-from kernels import uniform_reference as uniform
 from nanopaged import SamplingParams, sample
 
 MASK = 2**64 - 1
@@ -22,9 +21,10 @@ def row(*values):
 
 def filtered_probs(logits, params):
     """What each row of logits draws from, by its SamplingParams -> (S, V)."""
-    columns = (torch.tensor([getattr(p, name) for p in params])
-               for name in ("temperature", "top_p", "top_k", "min_p"))
-    return kernels.filtered_probs_reference(logits, *columns)
+    temperature, *cuts = (torch.tensor([[getattr(p, name)] for p in params], dtype=torch.float64)
+                          for name in ("temperature", "top_p", "top_k", "min_p"))
+    probs = (logits / temperature.float()).softmax(-1)
+    return kernels.cut_probs_reference(probs, *cuts)
 
 
 def log_probs(*probs):
@@ -164,7 +164,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
         assert torch.equal(alone[0], beside[1])
 
 
-# --- uniform ------------------------------------------------------------------------------------
+# --- random bits --------------------------------------------------------------------------------
 
 
 def splitmix64(state):
@@ -182,37 +182,47 @@ def test_the_oracle_is_splitmix64():
                        4593380528125082431, 16408922859458223821]
 
 
-def test_uniform_is_splitmix64():
+def random_bits(seeds, counters):
+    """As numbers in [0, 1): the float64 of the upper 53 bits."""
+    return (kernels.random_bits_reference(seeds, counters) >> 11 & 2**53 - 1).double() * 2.0**-53
+
+
+def test_random_bits_are_splitmix64s():
     """A shift that drags the sign along, or a product cut at 63 bits; and a seed's tokens that
     change from one version to the next."""
-    seeds = [0, 1, 2, 42, 2**31, 2**32 - 1, 2**62 - 1, 2**63 - 1, 0x9E3779B97F4A7C15 >> 1]
-    positions = [0, 1, 2, 3, 17, 1000, 2**20, 2**31 - 1]
-    pairs = [(seed, position) for seed in seeds for position in positions]
-    want = [(splitmix64(splitmix64(seed + GOLDEN) + position * GOLDEN) >> 11) / 2**53
-            for seed, position in pairs]
-    got = uniform(*torch.tensor(pairs).T)
-    assert got.dtype == torch.float64 and got.tolist() == want
+    seeds = [0, 1, 2, 42, -1, -2**63, 2**31, 2**32 - 1, 2**62 - 1, 2**63 - 1]
+    pairs = [(seed, counter) for seed in seeds for counter in [0, 1, 2, 3, 17, 2**20, 2**31 - 1]]
+    want = [splitmix64(counter + seed * GOLDEN) for seed, counter in pairs]
+    got = kernels.random_bits_reference(*torch.tensor(pairs).T)
+    assert got.dtype == torch.int64 and [bits & MASK for bits in got.tolist()] == want
 
 
-def test_uniform_of_a_batch_is_uniform_of_each():
+def test_random_bits_of_a_batch_are_those_of_each():
     """A generator that is shared by the rows of a batch, or carried from step to step."""
     seeds, positions = torch.arange(50) * 7919, torch.arange(50) % 13
-    alone = [uniform(seeds[i:i + 1], positions[i:i + 1]).item() for i in range(50)]
-    assert uniform(seeds, positions).tolist() == alone
+    alone = [random_bits(seeds[i:i + 1], positions[i:i + 1]).item() for i in range(50)]
+    assert random_bits(seeds, positions).tolist() == alone
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    assert uniform(seeds[order], positions[order]).tolist() == [alone[i] for i in order]
+    assert random_bits(seeds[order], positions[order]).tolist() == [alone[i] for i in order]
 
 
 @pytest.mark.parametrize("along", ["seeds", "positions", "both"])
-def test_uniform_is_uniform(along):
+def test_random_bits_are_uniform(along):
     """Near seeds, or the positions of one text, that draw near numbers."""
     counter = torch.arange(40_000)
-    u = uniform(counter * (along != "positions"), counter * (along != "seeds"))
-    assert 0 <= u.min() and u.max() < 1
+    u = random_bits(counter * (along != "positions"), counter * (along != "seeds"))
     assert_drawn_from((u * 100).long().tolist(), [0.01] * 100)
     pairs = (u[:-1] * 10).long() * 10 + (u[1:] * 10).long()          # one after the other
     assert_drawn_from(pairs[::2].tolist(), [0.01] * 100)
     assert len(set(u.tolist())) == 40_000
+
+
+def test_tokens_of_one_position_have_noise_of_their_own():
+    """Keys of near seeds or positions that give two rows the same noise, or a shifted one."""
+    keys = kernels.random_bits_reference(torch.arange(100)[:, None], torch.arange(100)).flatten()
+    u = random_bits(keys[:, None], torch.arange(50))
+    assert len(set(u.flatten().tolist())) == 500_000
+    assert_drawn_from((u * 100).long().flatten().tolist(), [0.01] * 100)
 
 
 def test_the_draw_depends_on_seed_and_position():
@@ -228,23 +238,35 @@ def test_the_draw_depends_on_seed_and_position():
 # --- the edges ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("u, token", [(0.0, 2), (0.4999, 2), (0.5001, 4), (1 - 2**-53, 4)])
-def test_a_token_of_probability_zero_is_never_drawn(u, token, monkeypatch):
-    """u = 0 takes token 0 whatever its probability, or the largest u falls off the end."""
-    monkeypatch.setattr(kernels, "uniform_reference",
-                        lambda seeds, positions: torch.full(seeds.shape, u, dtype=torch.float64))
+@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-53])
+def test_a_token_of_probability_zero_is_never_drawn(u, monkeypatch):
+    """The extremes of u: infinite noise, or one that is no number; then token 0 may win."""
     logits = log_probs(0, 0, 0.5, 0, 0.5, 0, 0)
-    for options in ({}, {"top_k": 5}, {"top_p": 0.9999}, {"min_p": 0.1}, {"temperature": 0.01}):
-        assert sample_row(logits, **options)[0] == token
+    for others in (0, 2**63 - 1):
+        bits = [round(u * 2**63) if i in (2, 4) else others for i in range(7)]
+        noise = torch.tensor([min(x, 2**63 - 1) << 1 & MASK for x in bits], dtype=torch.uint64)
+        monkeypatch.setattr(kernels, "random_bits_reference", lambda seeds, counters, n=noise: (
+            n.view(torch.int64)[None] if counters.numel() == 7 else seeds + counters))
+        for options in ({}, {"top_k": 5}, {"top_p": 0.9999}, {"min_p": 0.1}, {"temperature": 0.01}):
+            assert sample_row(logits, **options)[0] in (2, 4)
 
 
-def test_a_large_vocabulary(monkeypatch):
-    """Sums in float32: the last tokens of 128,000 are then never, or far too often, drawn."""
-    size = 128_000
-    for u in (0.0, 1e-5, 0.3, 0.7, 0.99999, 1 - 2**-53):
-        monkeypatch.setattr(kernels, "uniform_reference",
-                            lambda s, p, u=u: torch.full(s.shape, u, dtype=torch.float64))
-        assert abs(sample_row(torch.zeros(1, size))[0] - math.floor(u * size)) <= 1
+@pytest.mark.parametrize("size", [1, 2, 513, 128_000])
+def test_the_ends_of_a_vocabulary(size):
+    """The last tokens are never drawn, or such as are behind the end."""
+    for token_id in {0, size // 2, size - 1}:
+        logits = torch.full((1, size), -INF)
+        logits[0, token_id] = 1.0
+        for options in ({}, {"temperature": 0}, {"top_k": 3}):
+            assert sample_row(logits, **options)[0] == token_id
+
+
+def test_a_large_vocabulary():
+    """Draws that reach only a part of 128,000 tokens, or some parts too often."""
+    seqs = [make_seq(1, SamplingParams(), seed) for seed in range(100)]
+    tokens = [token for token, _, _ in sample(torch.zeros(100, 128_000), seqs)]
+    assert_drawn_from([token // 32_000 for token in tokens], [0.25] * 4)
+    assert len({*tokens}) > 95
 
 
 def test_greedy_rows_beside_random_rows():

@@ -3,7 +3,7 @@
 import random
 
 import pytest
-from helpers import make_group, make_scheduler
+from helpers import check, make_group, make_scheduler
 
 
 class Play:
@@ -27,7 +27,7 @@ class Play:
     def abort(self, request_id):
         """What Engine.abort does to the scheduler."""
         self.scheduler.finish(self.groups.pop(request_id))
-        self.scheduler.check()
+        check(self.scheduler)
 
     def step(self):
         """Schedule and play the model -> {request_id: number of tokens computed}."""
@@ -44,7 +44,7 @@ class Play:
                 seq.token_ids.append(1)
                 if seq.num_tokens == self.ends[request_id]:
                     self.scheduler.finish(self.groups.pop(request_id))
-        self.scheduler.check()
+        check(self.scheduler)
         return computed
 
     def _check_plan(self, scheduled):

@@ -12,6 +12,7 @@ from helpers import (
     assert_nothing_left,
     blocks_needed,
     cached_kv,
+    check,
     computed_kv,
     golden,
     golden_llm,
@@ -474,7 +475,7 @@ def test_abort_of_a_swapped_request():
             llm.engine.step()
         for group in swapped_groups(llm.engine):
             assert llm.engine.abort(group.request_id)
-            llm.engine.scheduler.check()
+            check(llm.engine.scheduler)
         outputs = run_checked(llm.engine)
         assert all_token_ids(outputs[ids[0]]) == expected
         assert_nothing_left(llm)

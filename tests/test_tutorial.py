@@ -9,7 +9,7 @@ import runpy
 import sys
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, check
 
 CHAPTER = ROOT / "tutorial" / "02_contiguous"
 sys.path.insert(0, str(CHAPTER))
@@ -295,7 +295,7 @@ def test_task_3_unfilled_slots(whose, monkeypatch):
         monkeypatch.setattr(waste.PagedServer, "slots", answer(3)["slots"])
     found = []
     for (server, _), in paged_steps(monkeypatch, [waste.PagedServer]):
-        server.scheduler.check()
+        check(server.scheduler)
         num_running, (tokens, reserved, internal) = server.slots()
         tables = [(seq.num_prompt_tokens + seq.params.max_tokens - 1, seq.block_table)
                   for seq in server.running]         # the last token is sampled, and never cached

@@ -1,0 +1,267 @@
+"""Sections 8 to 10 where the device runs ahead of the host: kernels.DecodeGraphs and the engine.
+
+On a CPU a graph's replay is played by the model itself, so that all that the host does is tested
+anywhere; on a GPU the same runs go through real CUDA graphs and compiled layers.
+"""
+
+import random
+
+import pytest
+import torch
+from helpers import (
+    MODELS,
+    assert_nothing_left,
+    blocks_needed,
+    check,
+    golden,
+    golden_llm,
+    greedy_params,
+    run_checked,
+    serve,
+    token_ids,
+)
+
+import kernels
+from nanopaged import LLM, BeamSearchParams, SamplingParams, sampling_options
+
+GPU = torch.cuda.is_available()
+MODEL = "llama_gqa_tied"
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU: real graphs, or its memory")
+
+
+class Replay:
+    """What a captured graph does when it is launched, on a CPU; padding must be left alone."""
+
+    def __init__(self, model, kv_cache, batch, logits):
+        self.model, self.kv_cache, self.batch, self.logits = model, kv_cache, batch, logits
+
+    def replay(self):
+        batch, block_size = self.batch, self.kv_cache.shape[3]
+        num_seqs = int((batch.context_lens > 0).sum())
+        rows = [([token_id], position, table, True) for token_id, position, table in zip(
+            batch.input_ids.tolist(), batch.positions.tolist(), batch.block_tables.tolist(),
+            strict=True)][:num_seqs]
+        self.logits.fill_(torch.nan)
+        self.logits[:num_seqs] = self.model(
+            kernels.flat_batch(rows, block_size, self.logits.device), self.kv_cache)
+        for counter in (batch.positions, batch.context_lens):
+            counter[:num_seqs] += 1
+
+
+COMPILED = []                      # the model that torch has compiled, on a GPU: the last one
+
+
+class Event:
+    """A copy that has landed at once."""
+
+    def record_event(self):
+        return self
+
+    def synchronize(self):
+        pass
+
+
+def play_graphs(llm):
+    """Let an engine on a CPU run ahead."""
+    engine, graphs = llm.engine, object.__new__(kernels.DecodeGraphs)
+    graphs.model, graphs.draw, graphs.graphs = engine.model, kernels.draw_reference, {}
+    num_columns = -(-engine.max_model_len // engine.pool.block_size)
+    for size in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96):
+        batch = kernels.flat_batch([([0], 0, [0] * num_columns, True)] * size,
+                                   engine.pool.block_size, engine.kv_cache.device)
+        logits = torch.zeros(size, engine.model.config.vocab_size)
+        graphs.graphs[size] = Replay(engine.model, engine.kv_cache, batch, logits), batch, logits
+    engine.graphs = graphs
+    return llm
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    """-> make(name, **settings): an engine on a golden model, or "tiny", that runs ahead."""
+    def make(name, **settings):
+        if GPU and COMPILED != [name]:             # torch keeps eight at most
+            torch._dynamo.reset()
+            COMPILED[:] = [name]
+        if name == "tiny":
+            llm = LLM(num_blocks=64, dtype="float32", **settings)
+        else:
+            llm = golden_llm(name, enforce_eager=False, **settings)
+        return llm if GPU else play_graphs(llm)
+
+    if not GPU:
+        monkeypatch.setattr(torch.cuda, "current_stream", Event)
+    return make
+
+
+# --- the same tokens ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["gpt2_prefixed", MODEL] if GPU else MODELS)
+@pytest.mark.parametrize("block_size, num_blocks", [(4, 50)] if GPU else [(1, 1024), (4, 50),
+                                                                         (16, 14)])
+def test_golden_tokens(name, block_size, num_blocks, ahead):
+    """A token fed at a wrong position, a slot that padding overwrites, a preemption in between."""
+    prompts, texts = golden(name)
+    llm = ahead(name, block_size=block_size, num_blocks=num_blocks)
+    outputs = serve(llm, [(prompt, greedy_params()) for prompt in prompts])
+    assert [token_ids(output) for output in outputs] == texts
+    assert llm.stats()["steps"] > 24 or not llm.stats()["preemptions_recompute"]
+
+
+def test_the_device_does_run_ahead(ahead):
+    """Graphs that are captured and then not used; a step that returns before all have landed."""
+    llm = ahead(MODEL)
+    llm.engine.add_request([1, 2, 3], greedy_params(max_tokens=30))
+    lengths = []
+    run_checked(llm.engine, after_step=lambda moved: lengths.extend(
+        len(token_ids(output)) for output in moved))
+    assert lengths == [1, 17, 30]
+    assert llm.stats()["generated_tokens"] == 30 and llm.stats()["steps"] == 33
+
+
+def test_who_waits_is_let_in_between(ahead):
+    """A request that waits for a seat until nobody else runs; or one that gets none in between."""
+    llm = ahead(MODEL, max_num_seqs=2)
+    for max_tokens in (60, 20, 8):
+        llm.engine.add_request([1, 2, 3], greedy_params(max_tokens=max_tokens))
+    moved = []
+    run_checked(llm.engine, after_step=lambda outputs: moved.append(
+        {output.request_id: len(token_ids(output)) for output in outputs}))
+    assert moved[:4] == [{0: 1, 1: 1}, {0: 17, 1: 17}, {0: 33, 1: 20}, {0: 34, 2: 1}]
+
+
+@pytest.mark.parametrize("settings", [
+    {"logprobs": 2}, {"repetition_penalty": 1.5}, {"n": 3, "temperature": 1.0, "seed": 3},
+    {"top_p": 0.6, "temperature": 1.2, "seed": 1}, {"top_k": 3, "temperature": 1.2, "seed": 1},
+    {"min_p": 0.3, "temperature": 1.5, "seed": 1}, {"temperature": 0.8, "seed": 7},
+    {"stop_token_ids": list(range(0, 60))}, {"max_tokens": 1}, {"max_tokens": 2}], ids=str)
+def test_each_option_gives_the_tokens_of_the_plain_path(settings, ahead):
+    """An option that the device draws without, or draws otherwise; text behind an end."""
+    params = greedy_params(**settings)
+    want, got = [serve(llm, [([3, 1, 4, 1, 5], params), ([9, 2, 6], greedy_params())])
+                 for llm in (golden_llm(MODEL), ahead(MODEL))]
+    for one, other in zip(want, got, strict=True):
+        for a, b in zip(one.outputs, other.outputs, strict=True):
+            assert (a.token_ids, a.finish_reason) == (b.token_ids, b.finish_reason)
+            assert a.cumulative_logprob == pytest.approx(b.cumulative_logprob, abs=1e-3)
+
+
+def test_texts_and_their_ends(ahead):
+    """A stop string that is found too late, or text behind it; half a character that is shown."""
+    params = [SamplingParams(seed=i, max_tokens=60, stop=stop)
+              for i, stop in enumerate([["."], ["the", "\n\n"], [], [" a", "e"]])]
+    prompts = ["ROMEO:", "JULIET:\nO", "KING", "First"]
+    want, got = [[output.outputs[0] for output in llm.generate(prompts, params)] for llm in (
+        LLM(num_blocks=64, dtype="float32", enforce_eager=True), ahead("tiny"))]
+    for one, other in zip(want, got, strict=True):
+        assert (one.text, one.token_ids, one.finish_reason) == (
+            other.text, other.token_ids, other.finish_reason)
+    assert {text.finish_reason for text in got} == {"stop", "length"}
+
+
+def random_requests(rng, num_requests, num_tokens):
+    """Requests of all kinds -> [(prompt, params), ...]; no prompt and output over num_tokens."""
+    requests = []
+    for seed in range(num_requests):
+        prompt = [rng.randrange(90) for _ in range(rng.randint(1, num_tokens // 2))]
+        most = rng.randint(1, num_tokens // 2)
+        settings = rng.choice([
+            {}, {}, {"temperature": 0}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"n": 2},
+            {"logprobs": 2}, {"stop_token_ids": list(range(50))}, {"repetition_penalty": 1.2}])
+        params = SamplingParams(seed=seed, max_tokens=most, ignore_eos=rng.random() < 0.5,
+                                **settings)
+        if rng.random() < 0.1:
+            params = BeamSearchParams(beam_width=2, max_tokens=most)
+        requests.append((prompt, params))
+    return requests
+
+
+def run_random(llm, requests, seed):
+    """Requests that come and go while others run -> {index: its texts}, of those not aborted."""
+    rng, engine, ids, outputs = random.Random(seed), llm.engine, {}, {}
+    waiting = list(enumerate(requests))
+    aborted = {i for i, _ in waiting if rng.random() < 0.15}
+    while waiting or engine.has_unfinished_requests():
+        for _ in range(rng.randint(0, 5)):
+            if waiting:
+                index, (prompt, params) = waiting.pop(0)
+                ids[engine.add_request(prompt, params)] = index
+        if rng.random() < 0.3:
+            for request_id in [i for i, index in ids.items() if index in aborted]:
+                engine.abort(request_id)
+        for output in engine.step(only_finished=True):
+            outputs[ids[output.request_id]] = [(c.token_ids, c.finish_reason)
+                                               for c in output.outputs]
+        check(engine.scheduler)
+    assert_nothing_left(llm)
+    return {index: texts for index, texts in outputs.items() if index not in aborted}
+
+
+@pytest.mark.parametrize("seed", range(3 if GPU else 12))
+def test_random_programs(seed, ahead):
+    """Requests of all kinds that come, go, are preempted: other tokens, or blocks that leak."""
+    rng = random.Random(seed)
+    name = MODEL if GPU else rng.choice(MODELS)
+    requests = random_requests(rng, 30, 40)
+    block_size = rng.choice([1, 2, 4, 16])
+    most = max(blocks_needed(block_size, *request) for request in requests)
+    settings = {"block_size": block_size, "num_blocks": most + rng.choice([0, 100]),
+                "max_num_seqs": rng.choice([4, 16]), "swap_blocks": rng.choice([0, 100]),
+                "max_num_batched_tokens": rng.choice([16, 64])}
+    want = run_random(golden_llm(name, **settings), requests, seed)
+    got = run_random(ahead(name, **settings), requests, seed)
+    assert want == got and len(want) > 20, settings
+
+
+def test_up_to_the_last_token_of_the_model(ahead):
+    """A row that is drawn past its end reads behind the table of positions, or of blocks."""
+    for name in ("gpt2_prefixed", MODEL)[GPU:]:
+        llm = ahead(name, block_size=4)
+        longest = llm.engine.max_model_len
+        params = [greedy_params(max_tokens=longest), greedy_params(max_tokens=longest - 21)]
+        outputs = serve(llm, [([7] * 5, params[0]), ([8] * 20, params[1])])
+        assert [len(token_ids(output)) for output in outputs] == [longest - 5, longest - 21]
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+
+@needs_gpu
+def test_a_compiled_draw_is_the_plain_one():
+    """The compiler rounds otherwise, and other tokens win; a CPU draws others than a GPU."""
+    draw = torch.compile(kernels.draw_reference, dynamic=True)
+    for num_rows, size in ((2, 1000), (64, 1000), (33, 50_257), (256, 128_256)):
+        logits = 3 * torch.randn(num_rows, size, generator=torch.Generator().manual_seed(size))
+        llm = golden_llm(MODEL)
+        for i in range(num_rows):
+            llm.engine.add_request([1], SamplingParams(seed=i, temperature=i % 3 / 2))
+        seqs = [group.seqs[0] for group in llm.engine.scheduler.waiting]
+        want = kernels.draw_reference(logits, *sampling_options(seqs, 1, "cpu"))
+        options = sampling_options(seqs, 1, "cuda")
+        for function in (draw, kernels.draw_reference):
+            tokens, logprobs = function(logits.cuda(), *options)
+            assert (tokens.cpu() == want[0]).float().mean() > 0.99      # near ties may round over
+            assert (logprobs.cpu() - want[1]).abs().max() < 1e-3 or not torch.equal(
+                tokens.cpu(), want[0])
+
+
+@needs_gpu
+def test_a_thousand_requests(ahead):
+    """Something is lost, or memory grows: of blocks, of the device."""
+    llm, rng = ahead(MODEL, num_blocks=600, max_num_seqs=64), random.Random(0)
+    requests = random_requests(rng, 1000, 60)
+    run_random(llm, requests[:100], 0)
+    before = torch.cuda.memory_allocated()
+    outputs = run_random(llm, requests, 1)
+    assert len(outputs) > 800 and torch.cuda.memory_allocated() <= before + (1 << 20)
+
+
+@needs_gpu
+@pytest.mark.parametrize("settings, names", [
+    ({"num_blocks": 1 << 30}, ["num_blocks"]),
+    ({"num_blocks": None, "gpu_memory_utilization": 0.01}, ["lower", "num_blocks"])])
+def test_a_device_that_is_too_small_is_one_line(settings, names):
+    """An error of CUDA's, over many lines, that names nothing to be done."""
+    with pytest.raises((MemoryError, ValueError)) as error:
+        LLM("tiny", device="cuda", **settings)
+    assert "\n" not in str(error.value) and all(name in str(error.value) for name in names)
