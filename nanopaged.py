@@ -1267,6 +1267,8 @@ class Engine:
     def _move_blocks(self):
         """Carry out what schedule() decided: swap out, swap in, copy, each all at once."""
         kv, swap, swap_pool = self.kv_cache, self.swap_cache, self.scheduler.swap_pool
+        num_held = self.pool.num_blocks - self.pool.num_free       # at no time of the step are more
+        self.counts["blocks_peak"] = max(self.counts["blocks_peak"], num_held)
         for name, pairs, source, target in (("swapped_blocks", swap_pool.arrivals, kv, swap),
                                             ("swapped_blocks", self.pool.arrivals, swap, kv),
                                             ("copied_blocks", self.pool.copies, kv, kv)):
@@ -1345,7 +1347,6 @@ class Engine:
         last = {seq.block_table[-1]: seq for seq in seqs}              # a shared one counts once
         self.steps_as_last = {b: self.steps_as_last.get(b, 0) + num_steps for b in last}
         num_held, num_rows = pool.num_blocks - pool.num_free, sum(len(s.block_table) for s in seqs)
-        counts["blocks_peak"] = max(counts["blocks_peak"], num_held)
         counts.update(steps=num_steps, running=num_steps * len(self.scheduler.running),
                       slots=num_steps * num_held * size,
                       computed_tokens=num_steps * sum(num_new for _, num_new in scheduled),
@@ -1396,7 +1397,8 @@ class LLM:
         requests with several sequences, recompute for the others.
     max_model_len: most tokens of prompt and output; None is what model and pool can hold.
     load_format: "dummy" is random weights, for benchmarks.
-    enforce_eager: on a GPU, no CUDA graphs and no compiler: to step through it.
+    enforce_eager: on a GPU, no CUDA graphs and no compiler, to step through it; so does
+        CUDA_LAUNCH_BLOCKING in the environment.
     Raises: ValueError, FileNotFoundError, OSError, MemoryError with one line each.
     """
 
@@ -1415,7 +1417,7 @@ class LLM:
         if dtype == "auto":
             dtype = "float32" if device == "cpu" else config.dtype
         self.tokenizer = None if skip_tokenizer_init else Tokenizer(folder)
-        graphs = device == "cuda" and not enforce_eager
+        graphs = device == "cuda" and not (enforce_eager or "CUDA_LAUNCH_BLOCKING" in os.environ)
         decoder = load_model(config, folder, device, DTYPES[dtype], load_format, compiled=graphs)
         shape = (config.num_hidden_layers, block_size, config.num_key_value_heads, config.head_dim,
                  DTYPES[dtype])
@@ -1431,7 +1433,8 @@ class LLM:
         self.engine = Engine(scheduler, decoder, self.tokenizer, kv_cache, swap_cache,
                              enable_prefix_caching, max_model_len or longest, seed)
         if graphs:
-            with reading("CUDA graphs; lower gpu_memory_utilization or max_num_seqs"):
+            # in the mode of step(): in another one torch would compile again
+            with torch.inference_mode(), reading("CUDA graphs; lower gpu_memory_utilization"):
                 self.engine.graphs = kernels.DecodeGraphs(
                     decoder, kv_cache, max_num_seqs, -(-self.engine.max_model_len // block_size))
         self.stats = self.engine.stats             # a function: llm.stats()
