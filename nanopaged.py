@@ -1203,9 +1203,9 @@ class Engine:
         # Some have ended and are still there only after a step that was interrupted then.
         moved = [group for group in self.scheduler.running if not group.unfinished()]
         if not moved and (scheduled := self.scheduler.schedule()):
-            num_steps = self._steps_ahead(scheduled)
-            moved = (self._compute(scheduled) if num_steps == 1 else
-                     self._run_ahead([seq for seq, _ in scheduled], num_steps))
+            seqs = [seq for seq, _ in scheduled]
+            num_steps = self._steps_ahead(seqs)
+            moved = self._run_ahead(seqs, num_steps) if num_steps > 1 else self._compute(scheduled)
             self._count(scheduled, num_steps)
             if watch:
                 watch(self)
@@ -1213,21 +1213,22 @@ class Engine:
             self.pool.free(*(seq for seq in group.seqs if seq.finish_reason))  # siblings may go on
             if not group.unfinished():
                 self.scheduler.finish(group)
-        return [group.output() for group in moved
-                if not (only_finished and group.unfinished())]
+        return [g.output() for g in moved if not (only_finished and g.unfinished())]
 
-    def _steps_ahead(self, scheduled, most=16):
-        """How many tokens the device may draw before the host looks at them: `most`, or 1.
+    def _steps_ahead(self, seqs):
+        """How many tokens the device may draw for all before the host looks: 16, 8, 4, 2, or 1.
 
-        1 if the host must see each, for prompts, beams, log-probabilities and penalties; and where
-        a text may reach the model's longest, or blocks are short.
+        1 if the host must see each: for prompts, beams, log-probabilities and penalties. Else as
+        many as somebody wants, none passes the model's longest text with, and there are blocks for.
         """
         plain = self.graphs and all(
             seq.num_kv == seq.num_tokens - 1 >= seq.num_prompt_tokens
-            and seq.params.logprobs is None and seq.params.repetition_penalty == 1
-            and seq.num_kv + most <= self.max_model_len for seq, _ in scheduled)
-        room = plain and self.pool.num_needed([(seq, most) for seq, _ in scheduled])
-        return most if plain and room <= self.pool.num_free else 1
+            and seq.params.logprobs is None and seq.params.repetition_penalty == 1 for seq in seqs)
+        longest = max(seq.num_tokens for seq in seqs)
+        most = max(seq.num_prompt_tokens + seq.params.max_tokens - seq.num_tokens for seq in seqs)
+        return next((n for n in (16, 8, 4, 2)
+                     if plain and n < 2 * most and longest + n <= self.max_model_len + 1
+                     and self.pool.num_needed([(seq, n) for seq in seqs]) <= self.pool.num_free), 1)
 
     def _run_ahead(self, seqs, num_steps):
         """Let the device draw num_steps tokens for each sequence -> the groups that got them.
@@ -1353,8 +1354,8 @@ class Engine:
                       saved=num_steps * (num_rows - num_held) / max(1, num_rows))
         for block_id, seq in last.items():
             empty = len(seq.block_table) * size - seq.num_kv
-            # of several steps, the one before had one more empty, the one before that two more
-            counts["unused"] += num_steps * empty + num_steps * (num_steps - 1) // 2
+            # In each of several steps one more was filled; what ended is taken as at its end.
+            counts["unused"] += num_steps * (empty + (num_steps - 1) / 2 * (not seq.finish_reason))
             if seq.finish_reason:
                 counts["never_used"] += empty * self.steps_as_last.pop(block_id)
 
@@ -1413,20 +1414,19 @@ class LLM:
                 "above 0 for preemption='swap'")
         device = DEVICES[0] if device == "auto" else device
         folder = find_model(model)
-        config = load_config(folder)
+        c = load_config(folder)
         if dtype == "auto":
-            dtype = "float32" if device == "cpu" else config.dtype
+            dtype = "float32" if device == "cpu" else c.dtype
         self.tokenizer = None if skip_tokenizer_init else Tokenizer(folder)
         graphs = device == "cuda" and not (enforce_eager or "CUDA_LAUNCH_BLOCKING" in os.environ)
-        decoder = load_model(config, folder, device, DTYPES[dtype], load_format, compiled=graphs)
-        shape = (config.num_hidden_layers, block_size, config.num_key_value_heads, config.head_dim,
-                 DTYPES[dtype])
+        decoder = load_model(c, folder, device, DTYPES[dtype], load_format, compiled=graphs)
+        shape = c.num_hidden_layers, block_size, c.num_key_value_heads, c.head_dim, DTYPES[dtype]
         kv_cache = kernels.fit_kv_cache(
             num_blocks, *shape, device, utilization=gpu_memory_utilization,
             largest_step=lambda cache: largest_step(
                 decoder, cache, max_num_seqs, max_num_batched_tokens))
         swap_cache = kernels.fit_kv_cache(swap_blocks, *shape, "cpu", pin=device == "cuda")
-        longest = min(config.max_position_embeddings, kv_cache.shape[2] * block_size)
+        longest = min(c.max_position_embeddings, kv_cache.shape[2] * block_size)
         check("max_model_len", max_model_len or longest, (int, 2, longest))
         scheduler = Scheduler(BlockPool(*kv_cache.shape[2:4]), BlockPool(*swap_cache.shape[2:4]),
                               preemption, max_num_seqs, max_num_batched_tokens)

@@ -130,6 +130,30 @@ def test_who_waits_is_let_in_between(ahead):
     assert moved[:4] == [{0: 1, 1: 1}, {0: 17, 1: 17}, {0: 33, 1: 20}, {0: 34, 2: 1}]
 
 
+@pytest.mark.parametrize("max_tokens, steps", [(1, 1), (2, 2), (3, 3), (4, 5), (5, 5), (17, 17),
+                                               (18, 18), (20, 21)])
+def test_no_more_steps_than_are_wanted(max_tokens, steps, ahead):
+    """Sixteen steps for the one token that somebody asked for."""
+    llm = ahead(MODEL)
+    serve(llm, [([1, 2, 3], greedy_params(max_tokens=max_tokens))])
+    assert llm.stats()["steps"] == steps
+    shares = [llm.stats()[f"kv_{kind}"] for kind in ("tokens", "internal", "reserved")]
+    assert sum(shares) == pytest.approx(1) and min(shares) >= 0, shares
+
+
+def test_a_pool_that_is_nearly_full(ahead):
+    """One step at a time as soon as sixteen do not fit, just where there is most to do."""
+    llm = ahead(MODEL, block_size=1, num_blocks=60)
+    for _ in range(4):
+        llm.engine.add_request([1, 2, 3], greedy_params(max_tokens=20))
+    lengths = []
+    run_checked(llm.engine, after_step=lambda moved: lengths.append(
+        [len(token_ids(output)) for output in moved]))
+    # 4 x 3 blocks; then 4 x 16 more are not there, but 4 x 8, and then 4 x 4; then none
+    assert lengths[:3] == [[1] * 4, [9] * 4, [13] * 4]
+    assert llm.stats()["preemptions_recompute"] > 0
+
+
 @pytest.mark.parametrize("settings", [
     {"logprobs": 2}, {"repetition_penalty": 1.5}, {"n": 3, "temperature": 1.0, "seed": 3},
     {"top_p": 0.6, "temperature": 1.2, "seed": 1}, {"top_k": 3, "temperature": 1.2, "seed": 1},
