@@ -72,7 +72,7 @@ def fit_kv_cache(num_blocks, num_layers, *shape, utilization=1.0, largest_step=N
         free, total = torch.cuda.mem_get_info()
         memory = int(free - total * (1 - utilization))
     if num_blocks is None:
-        num_blocks = max(1, memory // block_bytes)
+        num_blocks = max(1, min(memory // block_bytes, 1 << 20))     # more would slow the host
     if num_blocks * block_bytes > memory:
         raise MemoryError(f"{num_blocks} KV blocks take {num_blocks * block_bytes:,} bytes, where "
                           f"{device} has {memory:,}; lower num_blocks, swap_blocks or block_size")
@@ -97,7 +97,8 @@ def check_arguments(**arguments):
 def write_kv_reference(k, v, k_cache, v_cache, slot_mapping):
     """Store the K and V of T tokens in their slots.
 
-    Shapes: k, v (T, K, D); k_cache, v_cache (N, B, K, D), any strides; slot_mapping (T,) int64.
+    Shapes: k, v (T, K, D); k_cache, v_cache (N, B, K, D), any strides; slot_mapping (T,) int64,
+        none of them negative: only the kernel takes padding.
     """
     block_size = k_cache.shape[1]
     where = slot_mapping // block_size, slot_mapping % block_size
@@ -228,8 +229,8 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
 # Decodes and prompts want other programs. A decode has G rows and waits for memory: 16 rows (the
 # least tl.dot takes), 2 warps, and on each multiprocessor (SM) 4 programs with a tile of 32 KB on
 # its way to each. A prompt waits for the matrix unit: 64 rows (the least of its fast path), 4
-# warps, tiles fetched two ahead. So a mixed batch is two launches, and each leaves the other's
-# sequences out.
+# warps, tiles fetched two ahead. So a batch with a prompt is two launches, and each leaves the
+# other's sequences out; up to `few` queries, as many as have room in 16 rows, count as a decode.
 #
 # A GPU is busy when a few hundred programs run: 64 decodes x 8 KV heads will do; one decode over
 # 8,192 tokens will not. So contexts are cut into parts, and merge_kernel joins their results
@@ -244,8 +245,9 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
 #      1            5           0        -          -                padding
 #      2            5           3       4 5         4         1      queries 0-1 and 2
 #
-# How fine: where tiles are few, into parts that make 2 programs for each SM; where they are many,
-# only into pieces of 4,096 tokens, lest one long context be read when all others have ended.
+# How fine: where tiles (times KV heads) are few, into parts that make 2 programs for each SM; where
+# they are many, only into parts of at least 4,096 tokens, lest one long context be read when all
+# others have ended; and not at all in a step of more than 1,024 tokens.
 
 
 # The numbers that change from step to step; Triton would compile once more for those that are 1, or
@@ -375,8 +377,8 @@ def paged_attention(q, k_cache, v_cache, block_tables, context_lens, query_start
     """paged_attention_reference as a kernel: see there for the meaning, above for the method.
 
     The launch depends on shapes and max_query_len alone, so it can be captured in a CUDA graph and
-    replayed with other lengths. Rows from query_start[-1] on are left as they are; a query without
-    any key gets zeros. `scale` must be positive.
+    replayed with other lengths. Rows from query_start[-1] on are left as they are; a sequence of
+    context 0 gets zeros. `scale` must be positive.
     """
     (T, H, D), (N, B, K, _), (S, M) = q.shape, k_cache.shape, block_tables.shape
     dtype = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.float32
@@ -438,8 +440,7 @@ def rope_frequencies(head_dim, rope):
 
     rope: config.json's rope_theta and rope_type, and the settings of that type.
     """
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
-    frequency = 1.0 / rope["rope_theta"] ** exponent
+    frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
     if rope["rope_type"] == "default":
         return frequency
     slowed = frequency / rope["factor"]
@@ -518,7 +519,7 @@ def sample_reference(logits, cut, keys, temperature, top_p, top_k, min_p):
     # u in [0, 1], precise near 0: as times, -log(1 - u), the shortest win
     u = (random_bits_reference(keys, token_ids) >> 1 & (1 << 63) - 1).float() * 2.0 ** -63
     noise = -torch.log(-torch.log1p(-u).clamp(-100, -1e-38))
-    scores = torch.where(temperature > 0, scores + noise, logits)
+    scores = torch.where(temperature > 0, scores + noise, logits) + 0.0    # -0.0 is 0.0
     # The first of the largest: the maximum of integers in the order of the scores, with the token
     # behind. On a GPU many programs share a maximum, but only one looks for a row's argmax.
     bits = scores.view(torch.int32)
@@ -553,15 +554,17 @@ class DecodeGraphs:
     place. So whoever puts the new tokens into input_ids can replay it again.
     """
 
-    def __init__(self, model, kv_cache, max_num_seqs, num_columns):
-        self.model, self.graphs, memory = model, {}, torch.cuda.graph_pool_handle()
+    def __init__(self, model, kv_cache, max_num_seqs, max_model_len):
+        self.model, self.graphs, pool = model, {}, torch.cuda.graph_pool_handle()
         self.draw, B = torch.compile(draw_reference, dynamic=True), kv_cache.shape[3]
-        for size in (n << i for i in range((max_num_seqs - 1 | 1).bit_length()) for n in (2, 3)):
-            rows = [([0], 0, [0] * num_columns, True)] * size
+        # 2, 3, 4, 6, 8, 12, ..., up to the first that takes all. (1 would be compiled for itself.)
+        for size in (n << i for i in range(max_num_seqs.bit_length()) for n in (2, 3)
+                     if n + 1 << i < 2 * max(max_num_seqs, 2)):
+            rows = [([0], 0, [0] * -(-max_model_len // B), True)] * size
             batch = flat_batch(rows, B, kv_cache.device)
             model(batch, kv_cache)                 # compiles, which no capture may contain
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, memory):
+            with torch.cuda.graph(graph, pool):
                 alive = batch.context_lens > 0     # the others are padding
                 blocks = batch.block_tables.gather(1, batch.positions[:, None] // B)[:, 0]
                 batch.slot_mapping.copy_(torch.where(alive, blocks * B + batch.positions % B, -1))
@@ -598,7 +601,7 @@ class DecodeGraphs:
         graph, memory, logits = self.load(batch)
         keys, *options = (F.pad(x, (0, 0, 0, len(logits) - len(x))) for x in columns)
         draw, flights = draw_reference if cut else self.draw, []
-        for step_keys in keys.split(1, dim=1):
+        for step_keys in keys.T.contiguous()[:, :, None]:      # with strides as compiled: of 1
             graph.replay()
             tokens, logprobs = draw(logits, cut, step_keys, *options)
             memory.input_ids.copy_(tokens)

@@ -24,7 +24,8 @@ them out one by one as a text grows, and finds them again through the text's blo
                                 v
     logits --> sampler --> one more token --> text --> RequestOutput
 
-One Engine.step() is one trip from schedule() down. The file is in the order of a request's life and
+One Engine.step() is one trip from schedule() down (on a GPU often several trips of its lower part,
+before the host looks at the tokens). The file is in the order of a request's life and
 each name is defined before it is used, so it reads from the top: 2 config and weights, 3 tokenizer,
 4 sequences, 5 block pool, 6 scheduler, 7 batch, 8 model, 9 sampler, 10 engine, 11 LLM and command
 line. In a hurry: sections 4 to 7 and 10 are PagedAttention; 2 and 3 only read files.
@@ -984,6 +985,7 @@ class Decoder(nn.Module):
         if c.family == "gpt2":
             self.embed_positions = Linear(width, c.max_position_embeddings, False, **factory)
         self.layers = nn.ModuleList(Layer(c, **factory) for _ in range(c.num_hidden_layers))
+        self.before, self.after = Layer.before_attention, Layer.after_attention
         self.norm = NORMS[c.family](width, c.rms_norm_eps, **factory)
         self.lm_head = (self.embed_tokens if c.tie_word_embeddings else
                         Linear(width, c.vocab_size, False, **factory))
@@ -1002,10 +1004,10 @@ class Decoder(nn.Module):
             angle = batch.positions[:, None, None] * self.frequencies      # (T, 1, D/2)
             rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
         for layer, (k_cache, v_cache) in zip(self.layers, kv_cache, strict=True):
-            q, k, v = layer.before_attention(x, rope)
+            q, k, v = self.before(layer, x, rope)
             batch.write_kv(k, v, k_cache, v_cache, batch.slot_mapping)
             y = batch.attend(q, k_cache, v_cache, scale=self.config.head_dim ** -0.5)
-            x = layer.after_attention(x, y)
+            x = self.after(layer, x, y)
         # the vocabulary is the widest matrix: only rows that are sampled meet it
         return self.lm_head(self.norm(x[batch.last_rows]))
 
@@ -1052,9 +1054,9 @@ def load_model(config, folder, device, dtype, load_format="auto", compiled=False
             parameter.normal_(0, 0.02)
     else:
         load_tensors(folder, model.checkpoint_views())
-    for layer in model.layers if compiled else ():
-        layer.before_attention = torch.compile(layer.before_attention, dynamic=True)
-        layer.after_attention = torch.compile(layer.after_attention, dynamic=True)
+    if compiled:                                   # functions: a bound method would hold its layer
+        model.before = torch.compile(model.before, dynamic=True)
+        model.after = torch.compile(model.after, dynamic=True)
     return model
 
 
@@ -1091,9 +1093,8 @@ def sample(logits, seqs):
     logprobs, params = logits.log_softmax(-1), [seq.params for seq in seqs]
     for row, (seq, p) in enumerate(zip(seqs, params, strict=True)):
         kernels.penalize_reference(logits, row, seq.token_ids, p.repetition_penalty)
-    tokens = logits.argmax(-1)
-    if any(p.temperature for p in params):
-        tokens = kernels.sample_reference(logits, *sampling_options(seqs, 1, logits.device))
+    tokens = (kernels.sample_reference(logits, *sampling_options(seqs, 1, logits.device))
+              if any(p.temperature for p in params) else logits.argmax(-1))
     chosen = logprobs.gather(1, tokens[:, None])[:, 0]
     rows = enumerate(zip(tokens.tolist(), chosen.tolist(), params, strict=True))
     return [(token, logprob, kernels.top_logprobs_reference(logprobs, row, token, p.logprobs))
@@ -1103,7 +1104,8 @@ def sample(logits, seqs):
 @torch.inference_mode()
 def largest_step(model, kv_cache, num_seqs, num_tokens):
     """Compute and sample as much as a step may, so that torch holds the memory that it takes."""
-    seq = Sequence([0] * max(1, num_tokens // num_seqs), SamplingParams(seed=0))
+    length = min(max(1, num_tokens // num_seqs), model.config.max_position_embeddings)
+    seq = Sequence([0] * length, SamplingParams(seed=0, top_p=0.5))
     seq.block_table = [0] * seq.num_tokens         # all write to one block, and nobody reads it
     batch = make_batch([(seq, seq.num_tokens)] * num_seqs, kv_cache.shape[3], kv_cache.device)
     with reading("the largest step; lower max_num_seqs or max_num_batched_tokens"):
@@ -1326,7 +1328,7 @@ class Engine:
         seq.logprobs += [logprobs] if logprobs else []
         if token_id in seq.params.stop_token_ids:
             seq.finish_reason = "stop"             # this token ends the text, and is no part of it
-        elif seq.num_tokens == seq.num_prompt_tokens + seq.params.max_tokens:
+        elif seq.num_tokens >= seq.num_prompt_tokens + seq.params.max_tokens:
             seq.finish_reason = "length"
         if self.tokenizer:
             seq.data += self.tokenizer.token_bytes(token_id) if seq.finish_reason != "stop" else b""
@@ -1415,8 +1417,7 @@ class LLM:
         device = DEVICES[0] if device == "auto" else device
         folder = find_model(model)
         c = load_config(folder)
-        if dtype == "auto":
-            dtype = "float32" if device == "cpu" else c.dtype
+        dtype = {"auto": "float32" if device == "cpu" else c.dtype}.get(dtype, dtype)
         self.tokenizer = None if skip_tokenizer_init else Tokenizer(folder)
         graphs = device == "cuda" and not (enforce_eager or "CUDA_LAUNCH_BLOCKING" in os.environ)
         decoder = load_model(c, folder, device, DTYPES[dtype], load_format, compiled=graphs)
@@ -1436,7 +1437,7 @@ class LLM:
             # in the mode of step(): in another one torch would compile again
             with torch.inference_mode(), reading("CUDA graphs; lower gpu_memory_utilization"):
                 self.engine.graphs = kernels.DecodeGraphs(
-                    decoder, kv_cache, max_num_seqs, -(-self.engine.max_model_len // block_size))
+                    decoder, kv_cache, scheduler.max_num_seqs, self.engine.max_model_len)
         self.stats = self.engine.stats             # a function: llm.stats()
 
     def generate(self, prompts, sampling_params=None):

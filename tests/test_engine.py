@@ -745,11 +745,12 @@ def test_the_largest_step_is_as_large_as_a_step_can_be(llm):
         seen.append((len(batch.input_ids), len(batch.last_rows), kv_cache.shape[2]))
         return model(batch, kv_cache)
 
+    spy.config = model.config                          # of 128 positions
     cache = kernels.new_kv_cache(*llm.engine.kv_cache.shape[:1], 1, *llm.engine.kv_cache.shape[3:],
                                  torch.float32, llm.engine.kv_cache.device)
-    for num_seqs, num_tokens in ((4, 64), (7, 64), (1, 9), (8, 3)):
+    for num_seqs, num_tokens in ((4, 64), (7, 64), (1, 9), (8, 3), (2, 8192)):
         largest_step(spy, cache, num_seqs, num_tokens)
-    assert seen == [(64, 4, 1), (63, 7, 1), (9, 1, 1), (8, 8, 1)]
+    assert seen == [(64, 4, 1), (63, 7, 1), (9, 1, 1), (8, 8, 1), (256, 2, 1)]
 
 
 def test_params_of_another_type_are_refused(llm):

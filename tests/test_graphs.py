@@ -4,7 +4,9 @@ On a CPU a graph's replay is played by the model itself, so that all that the ho
 anywhere; on a GPU the same runs go through real CUDA graphs and compiled layers.
 """
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -22,7 +24,15 @@ from helpers import (
 )
 
 import kernels
-from nanopaged import LLM, BeamSearchParams, SamplingParams, sampling_options
+from nanopaged import (
+    LLM,
+    BeamSearchParams,
+    SamplingParams,
+    find_model,
+    load_config,
+    load_model,
+    sampling_options,
+)
 
 GPU = torch.cuda.is_available()
 MODEL = "llama_gqa_tied"
@@ -248,6 +258,36 @@ def test_up_to_the_last_token_of_the_model(ahead):
 
 
 # --- on a GPU -----------------------------------------------------------------------------------
+
+
+def test_a_draw_is_called_as_it_was_compiled(ahead):
+    """Other strides than at the start: torch compiles again, under the first request."""
+    llm, strides = ahead(MODEL), set()
+    graphs, draw = llm.engine.graphs, llm.engine.graphs.draw
+
+    def spy(logits, cut, keys, *options):
+        assert not cut and len(logits) == len(keys) > 1
+        strides.update(x.stride() for x in (keys, *options))
+        return draw(logits, cut, keys, *options)
+
+    graphs.draw = spy
+    serve(llm, [([1, 2, 3], greedy_params()), ([4], greedy_params(temperature=1.0, seed=1))])
+    serve(llm, [([1, 2, 3], greedy_params())])
+    assert strides == {(1, 1)}
+
+
+def test_a_compiled_model_goes_when_nobody_holds_it():
+    """Layers that hold themselves: two models do not fit until Python looks for cycles."""
+    folder = find_model("tiny")
+    torch.compile(abs)                             # its imports leave cycles of their own
+    gc.disable()
+    try:
+        model = load_model(load_config(folder), folder, "cpu", torch.float32, compiled=True)
+        weight = weakref.ref(model.layers[0].qkv.weight)
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 @needs_gpu

@@ -324,6 +324,13 @@ def test_a_step_that_samples_nothing():
     assert sample(torch.empty(0, 8), []) == []
 
 
+def test_zeros_of_both_signs_are_equal():
+    """-0.0 before 0.0, as integers order them, but only beside a random row."""
+    seqs = [make_seq(1, SamplingParams(temperature=t), 0) for t in (0, 1)]
+    logits = row(-1, -0.0, 0.0, -2).repeat(2, 1)
+    assert sample(logits, seqs)[0][0] == 1 == sample(logits[:1], seqs[:1])[0][0]
+
+
 def test_equal_logits():
     """top_k = 1 that keeps all of the likeliest, or greedy that draws among them."""
     logits = row(1, 2, 2, 2, 0)
