@@ -1,0 +1,124 @@
+"""Lab 3, the starter: copy it to mine.py and fill in the tasks.
+
+    task 1, 2 points   BlockPool.hold: add rows to a table and count them
+    task 2, 2 points   BlockPool.num_needed: how many blocks are missing
+    task 3, 3 points   BlockPool.append: take blocks, or change nothing
+    task 4, 3 points   BlockPool.free: give back what nobody reads any more
+
+    python tutorial/grade.py --lab 3
+    python tutorial/run_mine.py --lab 3 --prompt "ROMEO:"
+
+All else is the engine's own code: tutorial/labs.py cut it out of nanopaged.py.
+"""
+
+from collections import OrderedDict  # noqa: F401
+
+from nanopaged import OutOfBlocks  # noqa: F401
+
+
+class BlockPool:
+    """N blocks of B slots, a free list, reference counts and a prefix cache.
+
+    Example (the paper's Fig 6, B = 4): a prompt of 7 tokens takes two blocks, 4 + 3 filled; the
+    eighth token fills the second; only the ninth takes a third.
+    """
+
+    def __init__(self, num_blocks, block_size):
+        self.num_blocks, self.block_size = num_blocks, block_size
+        # Handed out from the front, given back at the end: what was used last is kept longest.
+        self.free_blocks = OrderedDict.fromkeys(range(num_blocks))
+        self.ref_count = [0] * num_blocks
+        self.num_forks = 0
+        # What the engine owes before it computes, as (from, to): within the pool, and into it.
+        self.copies, self.arrivals = [], []
+        # The prefix cache. content[b] is an object that stands for the tokens of a block and of all
+        # before it; it equals only itself, and each use of a block brings a new one. So (content of
+        # the block before, own tokens) is an exact key, whose cost does not grow with the text.
+        self.cached = {}              # {key: block_id}
+        self.key_of = {}              # {block_id: key}, to forget it when the block is reused
+        self.content = [None] * num_blocks
+
+    @property
+    def num_free(self):
+        return len(self.free_blocks)
+
+    def num_needed(self, plan):
+        """How many free blocks append() takes for all of `plan`, [(seq, num_new), ...].
+
+        Table rows count from num_kv, not num_tokens: the token just sampled has no K and V yet.
+        With B = 4 and num_kv = 8 both blocks are full, so one new token needs a third. And copies:
+        of k sequences that share a block, and all write to it, the last one finds it its own.
+        """
+        raise NotImplementedError("Lab 3, task 2: how many blocks are missing")
+
+    def _take(self, content=None):
+        """A free block to write to; what the prefix cache had there is forgotten."""
+        block_id, _ = self.free_blocks.popitem(last=False)
+        self.cached.pop(self.key_of.pop(block_id, None), None)
+        self.content[block_id] = content or object()
+        return block_id
+
+    def hold(self, seq, block_ids, num_kv):
+        """Add blocks to the end of a table; `num_kv` tokens of the text are then in the cache."""
+        raise NotImplementedError("Lab 3, task 1: add rows to a table and count them")
+
+    def append(self, seq, num_new):
+        """Give `seq` room for the K and V of `num_new` more tokens; num_kv follows after the step.
+
+        A block that it is about to write and that others read is copied first (keeps I3).
+        Raises: OutOfBlocks, and nothing changes (I5).
+        """
+        raise NotImplementedError("Lab 3, task 3: take blocks, or change nothing")
+
+    def fork(self, parent, child):
+        """Let `child` read all that `parent` has cached, moving no KV bytes (paper 4.4, 5.2).
+
+        Cost: one integer a block. A block is copied later, in append(), by its first writer.
+        """
+        assert not child.block_table, "child already holds blocks: they would leak"
+        self.hold(child, parent.block_table, parent.num_kv)
+        self.num_forks += 1
+
+    def free(self, *seqs):
+        """Take back all blocks of sequences; their tokens stay, the K and V are gone.
+
+        The last block goes first, so that the prefix cache loses the ends of texts before their
+        beginnings, which more texts have in common.
+        """
+        raise NotImplementedError("Lab 3, task 4: give back what nobody reads any more")
+
+    def _key(self, seq, i, block_table):
+        """What the prefix cache knows block `i` of a text by; `block_table` has those before it."""
+        before = self.content[block_table[i - 1]] if i else seq.cache_salt
+        return before, tuple(seq.token_ids[i * self.block_size:(i + 1) * self.block_size])
+
+    def find_prefix(self, seq):
+        """The cached blocks that `seq` begins with. One token at least is left to be computed."""
+        blocks, most = [], (seq.num_tokens - 1) // self.block_size
+        while len(blocks) < most and (key := self._key(seq, len(blocks), blocks)) in self.cached:
+            blocks.append(self.cached[key])
+        return blocks
+
+    def publish(self, seq, num_new):
+        """Put the blocks into the prefix cache that `num_new` computed tokens fill (keeps I6).
+
+        If another sequence computed the same content before, its block stays the cached one.
+        """
+        size = self.block_size
+        for i in range(seq.num_kv // size, (seq.num_kv + num_new) // size):
+            key, block_id = self._key(seq, i, seq.block_table), seq.block_table[i]
+            if self.cached.setdefault(key, block_id) == block_id:
+                self.key_of[block_id] = key
+            self.content[block_id] = self.content[self.cached[key]]
+
+    def take_over(self, group, source):
+        """Move a group here from the pool `source`: swap out, or swap in.
+
+        A block that several of its sequences share is moved once, and shared again (paper 4.5).
+        """
+        moved = {block_id: self._take(source.content[block_id]) for block_id in group.blocks()}
+        for seq in group.seqs:
+            table, num_kv = [moved[block_id] for block_id in seq.block_table], seq.num_kv
+            source.free(seq)
+            self.hold(seq, table, num_kv)
+        self.arrivals += moved.items()

@@ -1,0 +1,64 @@
+"""In place of CUDA graphs, on a CPU: what a replay does is done by the model itself, and counted.
+
+    graph, batch, logits = graphs.load(batch)      kernels.DecodeGraphs: fixed memory, padded
+    graph.replay()                                 here: rows that are no padding, then positions
+
+All else, such as what is put where before and after a replay, is the engine's own code.
+"""
+
+import sys
+from pathlib import Path
+from unittest import mock
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from nanopaged import kernels, torch  # noqa: E402
+
+
+class Landed:
+    """In place of a CUDA stream and its event: a copy that is there at once."""
+
+    def record_event(self):
+        return self
+
+    def synchronize(self):
+        pass
+
+
+class Replay:
+    """A captured graph, played by the model itself: a step of all rows that are no padding."""
+
+    def __init__(self, owner, engine, size):
+        self.owner, self.model, self.kv_cache = owner, engine.model, engine.kv_cache
+        num_columns = -(-engine.max_model_len // engine.pool.block_size)
+        self.memory = self.flat_batch([([0], 0, [0] * num_columns, True)] * size)
+        self.logits = torch.zeros(size, engine.model.config.vocab_size)
+
+    def flat_batch(self, rows):
+        return kernels.flat_batch(rows, self.kv_cache.shape[3], self.kv_cache.device)
+
+    def replay(self):
+        m = self.memory
+        alive = m.context_lens > 0
+        rows = [([token_id], position, table, True) for token_id, position, table in zip(
+            m.input_ids.tolist(), m.positions.tolist(), m.block_tables.tolist(), strict=True)]
+        rows = rows[:alive.sum()]                  # padding stands behind
+        self.logits[:len(rows)] = self.model(self.flat_batch(rows), self.kv_cache)
+        m.positions += alive
+        m.context_lens += alive
+        self.owner.num_replays += 1
+
+
+class StandIn(kernels.DecodeGraphs):
+    """DecodeGraphs on a CPU: what is played is the replay; all else is the engine's own code."""
+
+    def __init__(self, engine):
+        self.model, self.draw = engine.model, kernels.draw_reference
+        self.num_replays = self.num_ahead = 0      # replays; tokens that were drawn ahead
+        replays = {size: Replay(self, engine, size) for size in (2, 3, 4, 6, 8, 12, 16)}
+        self.graphs = {size: (one, one.memory, one.logits) for size, one in replays.items()}
+
+    def run_ahead(self, batch, cut, keys, *options):
+        self.num_ahead += keys.numel()
+        with mock.patch.object(torch.cuda, "current_stream", Landed):
+            return [*super().run_ahead(batch, cut, keys, *options)]
