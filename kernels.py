@@ -1,4 +1,4 @@
-"""What runs on the device: paged KV cache and attention (paper 5.1), positions, sampling.
+"""What runs on the device: paged KV cache and attention (paper 5.1), positions, sampling, graphs.
 
 One block is `block_size` slots; a slot holds one token's K and V of one layer. The engine hands
 over these maps, and nothing here knows what a request is:

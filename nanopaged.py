@@ -1064,9 +1064,9 @@ def load_model(config, folder, device, dtype, load_format="auto", compiled=False
 # 9. Sampler
 #    in: logits (S, V) and each row's sequence      out: one token a row, and log-probabilities
 #
-#    Each row draws one number that depends on its seed and its position alone, and nothing is
+#    Each row draws from noise that depends on its seed and its position alone, and nothing is
 #    carried from step to step: so neither the rest of the batch nor a preemption can change what
-#    a request draws.
+#    a request draws (but for the rounding of logits, where two tokens are nearly equal).
 # ================================================================================================
 
 
@@ -1132,6 +1132,11 @@ def hopeful(beams, ended, params):
 # 10. Engine
 #     in: requests      out: a RequestOutput for each request that moved, step by step
 #     paper 4.1 (Fig 4), 4.3
+#
+#     A GPU computes a step of decodes faster than Python prepares one. So where nobody has to see
+#     each token, blocks are appended for up to 16 steps, and the device makes them by itself
+#     (kernels.DecodeGraphs). Whatever needs the host first takes one step at a time, with the same
+#     tokens.
 # ================================================================================================
 
 
@@ -1544,7 +1549,8 @@ class CommandLine(argparse.ArgumentParser):
                           tokens computed a step (8192)
     --max-model-len N     tokens of prompt and output together (what the model was made for)
     --enforce-eager       on a GPU, no CUDA graphs and no compiler: to step through it
-    --show-blocks         draw pool and block tables on stderr after each step
+    --show-blocks         draw pool and block tables on stderr after each step (on a GPU after up to
+                          16, if not for --enforce-eager)
     --json                print one JSON object a prompt
     --verbose             report even if stderr is no terminal
     -h, --help            print this
