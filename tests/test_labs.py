@@ -80,6 +80,13 @@ def test_starters_are_made_from_the_engine(number):
     assert path.read_text(encoding="utf-8") == labs.make_starter(number)
 
 
+@pytest.mark.parametrize("number", labs.LABS)
+def test_the_starter_runs_what_its_chapter_runs(number):
+    """The header of a starter and the chapter's lab section have other options."""
+    assert commands(number, "run_mine.py") == [["--lab", str(number),
+                                                *shlex.split(labs.LABS[number].example)]]
+
+
 @pytest.mark.parametrize("number", LAB_NUMBERS)
 def test_a_starter_has_nothing_of_the_solution(number):
     """A starter with points, or one that fails by something else than what is to do."""
@@ -441,6 +448,9 @@ WRONG = {
         "batch.last_rows = batch.query_start[1:].long() - 1")),
     "tables_are_padded_in_place": (4, 1, "pad a copy", batch_but(
         "[row[2].extend([0] * (3 - len(row[2]))) for row in rows]")),
+    "attend_lacks_an_argument": (4, 1, "other arguments filled in: calling your code, or using its "
+                                 "result, raised TypeError: .*max_query_len", batch_but(
+        "batch.attend.keywords.pop('max_query_len')")),
     "no_mask": (4, 2, "no causal mask", attend_but("~seen", "~seen & False")),
     "mask_of_a_whole_prompt": (4, 2, "takes the first query for the first token", attend_but(
         ".tril(num - len(rows))", ".tril()")),
@@ -1129,9 +1139,11 @@ def test_grade_prints_points(tmp_path, capsys):
 def test_run_mine_says_what_is_not_done(number, capsys):
     """A traceback where one line should say which task comes next."""
     starter = TUTORIAL / labs.LABS[number].folder / "starter.py"
-    assert run_mine.main(["--lab", str(number), "--prompt", "ROMEO:", "--file", str(starter)]) == 1
-    assert re.fullmatch(rf"run_mine\.py: not done yet: Lab {number}, task \d: .*\n",
-                        capsys.readouterr().err)
+    assert run_mine.main(["--lab", str(number), "--prompt", "ROMEO:", "--verbose",
+                          "--file", str(starter)]) == 1
+    captured = capsys.readouterr()                 # no report, in which all would be zeros
+    assert re.fullmatch(rf"run_mine\.py: not done yet: Lab {number}, task \d: .*\n", captured.err)
+    assert captured.out.splitlines()[0] == f"lab {number} sets {labs.LABS[number].options}"
 
 
 @pytest.mark.parametrize("name, words", [
@@ -1150,6 +1162,27 @@ def test_run_mine_says_what_is_wrong(name, words, tmp_path, monkeypatch, capsys)
     assert run_mine.main(["--lab", str(number), "--file", path, "--max-tokens", "8", *prompt]) == 1
     captured = capsys.readouterr()
     assert re.search(words, captured.out + captured.err), captured
+
+
+@pytest.mark.parametrize("body", ["import sys\nsys.exit(0)\n", """
+import nanopaged
+
+class BlockPool(nanopaged.BlockPool):
+    def hold(self, seq, block_ids, num_kv):
+        raise SystemExit
+"""])
+def test_a_file_that_exits_has_no_points(body, tmp_path, capsys):
+    """It ends the grader: status 0, as for all points, and no line in a teacher's list."""
+    path = tmp_path / "mine.py"
+    path.write_text(body)
+    assert grade.main(["--lab", "3", "--file", str(path)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert "ends the program" in lines[2] and lines[1].startswith("task 1   0 of")
+    assert "ends the program" in labs.examine(grade.load_tasks(3)[1], 3, path)
+    assert run_mine.main(["--lab", "3", "--file", str(path), "--prompt", "A", "--verbose"]) == 1
+    assert re.fullmatch(r"run_mine\.py: mine\.py ends the program.*\n", capsys.readouterr().err)
+    with pytest.raises(SystemExit):                # an option that there is not
+        run_mine.main(["--lab", "3", "--file", "engine", "--promt", "A"])
 
 
 def test_run_mine_leaves_the_engine_as_it_was(tmp_path):
@@ -1226,6 +1259,17 @@ def test_the_chapter_stays_short_and_names_what_exists(number):
         assert hasattr(getattr(nanopaged, owner), attribute), f"{owner}.{attribute}"
     for link in re.findall(r"\]\((?!https?:)(.*?)\)", readme + answers):
         assert (TUTORIAL / labs.LABS[number].folder / link).exists(), link
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in TUTORIAL.glob("[0-9]*")))
+def test_the_order_of_sections(folder):
+    """Chapters that have the same sections in another order."""
+    readme = (TUTORIAL / folder / "README.md").read_text(encoding="utf-8")
+    order = ["The problem", "A picture", "Invariants", "Predict before you run", "Checkpoint",
+             "Tasks", "What we left out", "Lab", "Questions"]
+    found = [name for name in re.findall(r"^## (.*)$", readme, re.M) if name in order]
+    assert found == [name for name in order if name in found]
+    assert {*order} - {*found} <= {"Tasks", "Lab"}
 
 
 @pytest.mark.parametrize("number", PROGRAMS)

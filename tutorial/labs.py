@@ -47,6 +47,7 @@ class Lab:
     kernels: bool = False                          # the tasks are Triton kernels
     graphs: bool = False                           # run_mine.py needs graphs, or their stand-in
     loops: tuple = ()                              # functions of which a starter lacks the loop
+    example: str = '--prompt "ROMEO:"'             # what to run with it: more options, for a reader
 
     @property
     def owners(self):
@@ -64,7 +65,7 @@ LABS = {
         Task("BlockPool.num_needed", 2, "how many blocks are missing"),
         Task("BlockPool.append", 3, "take blocks, or change nothing"),
         Task("BlockPool.free", 3, "give back what nobody reads any more"),
-    ]),
+    ], example='--prompt "ROMEO:" --max-tokens 20'),
     4: Lab("04_paged_attention", "kernels", "--block-size 4 --num-blocks 64 --max-tokens 24", [
         Task("flat_batch", 4, "say whose the rows of a step are, and where"),
         Task("paged_attention_reference", 6, "attend through block tables"),
@@ -80,7 +81,7 @@ LABS = {
         Task("Scheduler._plan", 3, "what a running group computes"),
         Task("Scheduler._admit", 3, "whether the first that waits may run"),
         Task("Scheduler.schedule", 4, "who computes how many tokens in a step"),
-    ]),
+    ], example='--prompt "ROMEO:" --prompt "JULIET:"'),
     7: Lab("07_preemption", "nanopaged", "--block-size 4 --num-blocks 8 --swap-blocks 8 "
            "--preemption swap --max-tokens 20 --prompt JULIET:", [
         Task("Scheduler._preempt", 3, "take a group's blocks, its tokens stay"),
@@ -92,21 +93,21 @@ LABS = {
         Task("BlockPool.fork", 2, "one more reader of every block"),
         Task("BlockPool.num_needed", 3, "new rows, and copies"),
         Task("BlockPool.append", 5, "copy a block before it is written"),
-    ]),
+    ], example='--prompt "ROMEO: I have been so" --n 3'),
     9: Lab("09_beam_search", "nanopaged",
            "--block-size 4 --num-blocks 64 --max-tokens 24 --beam 4", [
         Task("Sequence.fork", 1, "a text that goes on by itself"),
         Task("beam_score", 1, "rank texts of different lengths"),
         Task("hopeful", 3, "whether it is worth going on"),
         Task("Engine._extend_beams", 5, "choose beams, share blocks, free the rest"),
-    ], inherited=("Engine",)),
+    ], inherited=("Engine",), example='--prompt "ROMEO:" --beam 4 --verbose'),
     10: Lab("10_prefix_cache", "nanopaged",
             "--block-size 4 --num-blocks 64 --max-tokens 24 --max-num-seqs 1", [
         Task("BlockPool._take", 1, "the block that has been free longest"),
         Task("BlockPool._key", 2, "what a block is known by"),
         Task("BlockPool.find_prefix BlockPool.publish", 4, "find what was computed"),
         Task("BlockPool._take", 3, "forget what was in the block"),
-    ]),
+    ], example='--prompt "My lord, I" --prompt "My lord, I do" --verbose'),
     11: Lab("11_never_wait", "nanopaged",
             "--device cpu --block-size 4 --num-blocks 64 --max-tokens 24", [
         Task("Engine._steps_ahead", 4, "how far the device may run ahead"),
@@ -188,7 +189,7 @@ def make_starter(number):
              for i, task in enumerate(lab.tasks, 1)]
     parts = [[f'"""Lab {number}, the starter: copy it to mine.py and fill in the tasks.', "",
               *table, "", f"    python tutorial/grade.py --lab {number}",
-              f'    python tutorial/run_mine.py --lab {number} --prompt "ROMEO:"', "",
+              f"    python tutorial/run_mine.py --lab {number} {lab.example}", "",
               "All else is the engine's own code: "
               f"tutorial/labs.py cut it out of {lab.module}.py.", '"""']]
     inherited = [node for node in nodes if node.name in lab.inherited]
@@ -257,11 +258,19 @@ def raised_by(error):
     return error.__cause__ if type(error).__name__ == "InterpreterError" else error
 
 
+def ends_program(path):
+    """What to say of a file that raises SystemExit, which would end the grader, too."""
+    return f"{path.name} ends the program, as sys.exit() does: take that out"
+
+
 def describe(error, path):
     """An exception in one line: which function of the file `path` raised it, and where."""
     frames = traceback.extract_tb(error.__traceback__)
-    frame = ([frame for frame in frames if frame.filename == str(path)] or frames)[-1]
+    theirs = [frame for frame in frames if frame.filename == str(path)]
+    frame = (theirs or frames)[-1]
     text = " ".join(f"{type(error).__name__}: {error}".split())
+    if not theirs and Path(frame.filename).is_relative_to(TUTORIAL):
+        return f"calling your code, or using its result, raised {text}"
     return f"{frame.name}() raised {text} (line {frame.lineno}: {frame.line})"
 
 
@@ -291,6 +300,8 @@ def load(number, path):
             raise Wrong(f"{path.name} is no Python: {error.msg} (line {error.lineno})") from None
         except TimeUp:
             raise Wrong(f"{path.name} cannot be imported: it does not come to an end") from None
+        except SystemExit:
+            raise Wrong(ends_program(path)) from None
         except Exception as error:
             raise Wrong(f"{path.name} cannot be imported: {describe(error, path)}") from None
     for name in LABS[number].names:
@@ -331,6 +342,8 @@ def examine(check, number, path):
         return None
     except Wrong as wrong:
         return str(wrong)
+    except SystemExit:
+        return ends_program(path)
     except TimeUp as error:
         return f"{notes(error)}no end after {SECONDS_PER_TASK} s of computing: an endless loop?"
     except Exception as error:

@@ -3,8 +3,9 @@
     python tutorial/run_mine.py --lab 3 --prompt "ROMEO:" [--file mine.py] [more options]
 
 More options are those of nanopaged.py, such as --show-blocks, --n 4 or --max-tokens 100. The same
-is then done by the engine's own code: it must write the same text. Exit status: 0 it does, 1 it
-does not, or a task is not done yet, or something was raised, 2 wrong usage.
+is then done by the engine's own code: it must write the same text. The options that the lab sets
+are printed first; yours come after them. Exit status: 0 the same text, 1 another, or a task is not
+done yet, or something was raised, 2 wrong usage.
 """
 
 import contextlib
@@ -66,6 +67,16 @@ def with_graphs(init):
     return set_up
 
 
+def unless_stopped(print_report):
+    """No report of a run in which there was nothing to report: a task is not done, or it exits."""
+    @functools.wraps(print_report)                 # its docstring is the report's text
+    def report(*args):
+        error = labs.raised_by(sys.exc_info()[1])
+        if not isinstance(error, NotImplementedError | SystemExit):
+            print_report(*args)
+    return report
+
+
 @contextlib.contextmanager
 def in_the_engine(number, mine, calls):
     """Put the classes and functions of a learner's module into the engine, their calls counted."""
@@ -90,6 +101,8 @@ def in_the_engine(number, mine, calls):
             for name in ("write_kv", "paged_attention"):
                 put(engine, f"{name}_reference", getattr(engine, name))
             put(engine, "attention_launches", four_parts(engine.attention_launches))
+        command = importlib.import_module("nanopaged")
+        put(command, "print_report", unless_stopped(command.print_report))
         if lab.graphs:
             put(engine.LLM, "__init__", with_graphs(engine.LLM.__init__))
         yield
@@ -98,20 +111,30 @@ def in_the_engine(number, mine, calls):
             setattr(owner, name, value)
 
 
-def generate(argv):
-    """nanopaged's command line -> (exit status, text); the text is shown as well."""
+def parse(argv):
+    """nanopaged's command line -> its options. Raises: Wrong; ends the program after --help."""
+    # not before lab 5 has turned the interpreter on
+    import nanopaged
+
+    try:
+        return nanopaged.CommandLine().parse_args(argv)
+    except (ValueError, OSError) as error:
+        raise labs.Wrong(" ".join(str(error).split())) from None
+
+
+def generate(options):
+    """What nanopaged.py does -> (exit status, text); the text is shown as well."""
     class Tee(io.StringIO):
         def write(self, text):
             shown.write(text)
             shown.flush()
             return super().write(text)
 
-    # not before lab 5 has turned the interpreter on
     import nanopaged
 
     shown = sys.stdout
     with contextlib.redirect_stdout(Tee()) as written:
-        return nanopaged.run(nanopaged.CommandLine().parse_args(argv)), written.getvalue()
+        return nanopaged.run(options), written.getvalue()
 
 
 def whose(mine, full_name, path):
@@ -122,14 +145,16 @@ def whose(mine, full_name, path):
     return "yours" if code.co_filename == str(path) else "the engine's"
 
 
-def run_theirs(number, path, mine, argv, calls):
+def run_theirs(number, path, mine, options, calls):
     """Generate with a learner's code -> (exit status, text). Raises: Wrong."""
     try:
         with labs.time_limit(SECONDS), in_the_engine(number, mine, calls):
-            return generate(argv)
+            return generate(options)
     except labs.TimeUp:
         raise labs.Wrong(f"no end after {SECONDS} s of computing: an endless loop, or a pool that "
                          "never has a block to give") from None
+    except SystemExit:
+        raise labs.Wrong(labs.ends_program(path)) from None
     except Exception as error:
         cause = labs.raised_by(calls.error or error)
         if isinstance(cause, NotImplementedError):
@@ -139,16 +164,18 @@ def run_theirs(number, path, mine, argv, calls):
         raise labs.Wrong(labs.describe(cause, path)) from None
 
 
-def run(number, file, argv):
+def run(number, file, more):
     """Run a learner's code, then the engine's own -> exit status."""
+    argv = [*labs.LABS[number].options.split(), *more]
     if labs.LABS[number].kernels and (reason := labs.why_no_interpreter()):
         raise labs.Wrong(f"lab {number} has kernels, and a CPU runs the references: {reason}")
-    path, calls = labs.find_file(number, file), Calls()
+    path, options, calls = labs.find_file(number, file), parse(argv), Calls()
     mine = labs.load(number, path)
     yours = path != labs.find_file(number, "engine")
     owners = {name: whose(mine, name, path) if yours else "the engine's"
               for name in labs.LABS[number].names}
-    status, text = run_theirs(number, path, mine, argv, calls)
+    print(f"lab {number} sets {labs.LABS[number].options}", flush=True)
+    status, text = run_theirs(number, path, mine, options, calls)
     width = max(24, *map(len, owners))
     print(f"\n{'called':{width}}  times  whose code")
     for name, owner in owners.items():
@@ -156,7 +183,7 @@ def run(number, file, argv):
     if status or not yours:
         return status
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        expected = generate(argv)[1]
+        expected = generate(options)[1]
     if text != expected:
         print(f"The engine's own code writes another text:\n\n{expected}")
         return 1
@@ -168,7 +195,7 @@ def main(argv=None):
     args, more = lab_parser(__doc__).parse_known_args(argv)
     torch.set_num_threads(1)                       # the tiny model's matrices are too small for two
     try:
-        return run(args.lab, args.file, [*labs.LABS[args.lab].options.split(), *more])
+        return run(args.lab, args.file, more)
     except labs.Wrong as wrong:
         print(f"run_mine.py: {wrong}", file=sys.stderr)
         return 1

@@ -6,7 +6,7 @@
     task 4, 3 points   BlockPool.free: give back what nobody reads any more
 
     python tutorial/grade.py --lab 3
-    python tutorial/run_mine.py --lab 3 --prompt "ROMEO:"
+    python tutorial/run_mine.py --lab 3 --prompt "ROMEO:" --max-tokens 20
 
 All else is the engine's own code: tutorial/labs.py cut it out of nanopaged.py.
 """

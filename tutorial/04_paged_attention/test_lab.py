@@ -160,7 +160,8 @@ def check_functions(mine):
             batch.write_kv(*case.kv[0], *caches, batch.slot_mapping)
         expect(torch.equal(caches.nan_to_num(), case.caches.nan_to_num()),
                "batch.write_kv on a CPU must be write_kv_reference: K and V are elsewhere")
-        with doing("batch.attend(q, k_cache, v_cache, scale=0.7)"):
+        with doing("batch.attend(q, k_cache, v_cache, scale=0.7), which must be "
+                   "paged_attention_reference with all other arguments filled in"):
             result = batch.attend(case.q, *case.caches, scale=0.7)
         check_attention(case, result, "batch.attend")
     finally:

@@ -5,7 +5,7 @@
     task 3, 4 points   Scheduler.schedule: who computes how many tokens in a step
 
     python tutorial/grade.py --lab 6
-    python tutorial/run_mine.py --lab 6 --prompt "ROMEO:"
+    python tutorial/run_mine.py --lab 6 --prompt "ROMEO:" --prompt "JULIET:"
 
 All else is the engine's own code: tutorial/labs.py cut it out of nanopaged.py.
 """

@@ -5,7 +5,7 @@
     task 3, 5 points   BlockPool.append: copy a block before it is written
 
     python tutorial/grade.py --lab 8
-    python tutorial/run_mine.py --lab 8 --prompt "ROMEO:"
+    python tutorial/run_mine.py --lab 8 --prompt "ROMEO: I have been so" --n 3
 
 All else is the engine's own code: tutorial/labs.py cut it out of nanopaged.py.
 """

@@ -6,7 +6,7 @@
     task 4, 5 points   Engine._extend_beams: choose beams, share blocks, free the rest
 
     python tutorial/grade.py --lab 9
-    python tutorial/run_mine.py --lab 9 --prompt "ROMEO:"
+    python tutorial/run_mine.py --lab 9 --prompt "ROMEO:" --beam 4 --verbose
 
 All else is the engine's own code: tutorial/labs.py cut it out of nanopaged.py.
 """

@@ -6,7 +6,7 @@
     task 4, 3 points   BlockPool._take: forget what was in the block
 
     python tutorial/grade.py --lab 10
-    python tutorial/run_mine.py --lab 10 --prompt "ROMEO:"
+    python tutorial/run_mine.py --lab 10 --prompt "My lord, I" --prompt "My lord, I do" --verbose
 
 All else is the engine's own code: tutorial/labs.py cut it out of nanopaged.py.
 """
