@@ -1398,7 +1398,7 @@ class LLM:
 
     model: "tiny" (shipped), a folder, or a Hugging Face repo id.
     dtype: "auto" is float32 on a CPU and the checkpoint's on a GPU.
-    num_blocks: None is as many as fit: on a CPU into 1 GiB.
+    num_blocks: None is as many as fit, on a CPU into 1 GiB; at most 2 ** 20.
     gpu_memory_utilization: the share of a GPU's memory for weights, KV cache and computing.
     swap_blocks: blocks in the CPU's memory for preempted requests.
     preemption: "recompute", "swap" (while swap_blocks last, then recompute), or "auto": swap for

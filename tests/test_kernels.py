@@ -281,6 +281,17 @@ class Allocations(TorchDispatchMode):
         return out
 
 
+def test_as_many_blocks_as_fit():
+    """A pool of no block, of more than 1 GiB that nobody asked for, or of too many to keep count."""
+    def fit(num_blocks, head_dim):                     # a block takes 128 bytes x head_dim
+        return kernels.fit_kv_cache(num_blocks, 1, 16, 1, head_dim, torch.float32, "cpu").shape[2]
+
+    assert fit(None, 1 << 18) == 32 and fit(None, 2) == 1 << 20
+    assert fit(33, 1 << 18) == 33 and fit(0, 2) == 0
+    with pytest.raises(MemoryError, match="1 KV blocks .* lower num_blocks"):
+        fit(None, 1 << 24)
+
+
 def test_the_cache_is_never_copied():
     """One .contiguous() or a gather over the pool: each step then costs as much as the pool."""
     cache = kernels.new_kv_cache(2, 1000, 16, 2, 8, torch.float32, "cpu")
