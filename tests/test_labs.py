@@ -842,6 +842,8 @@ WRONG = {
         STEPS_AHEAD, " or seq.params.repetition_penalty != 1", "")),
     "prompts_run_ahead": (11, 1, "one token for each sequence$", but(
         STEPS_AHEAD, "seq.num_kv < seq.num_tokens - 1 or ", "")),
+    "all_behind_a_prompt_is_there": (11, 1, "has its prompt again, but lacks 4 tokens", but(
+        STEPS_AHEAD, "seq.num_kv < seq.num_tokens - 1", "seq.num_kv < seq.num_prompt_tokens")),
     "texts_are_never_forked": (11, 1, "behind a prompt n texts are forked", but(
         STEPS_AHEAD, " or seq.num_tokens == seq.num_prompt_tokens", "")),
     "passes_the_models_longest": (11, 1, "is 16, .* at most 9: the model has places", but(

@@ -90,7 +90,8 @@ def test_task_1(mine):
     for num_prompt, num_generated, num_kv, what in (
             (9, 0, 0, "one computes its prompt"),
             (9, 0, 8, "one lacks its prompt's last token, the others are in the cache"),
-            (9, 3, 8, "one was preempted and lacks 4 tokens")):
+            (9, 3, 8, "one was preempted and lacks 4 tokens"),
+            (9, 6, 11, "one was preempted, and has its prompt again, but lacks 4 tokens")):
         engine = make_engine(mine)
         seqs = add(engine, 7, 1) + add(engine, num_prompt, num_generated, num_kv)
         check_steps(engine, seqs, f"of two texts {what}", 1, 1, "a graph has one token for each "
