@@ -282,7 +282,7 @@ class Allocations(TorchDispatchMode):
 
 
 def test_as_many_blocks_as_fit():
-    """A pool of no block, of more than 1 GiB that nobody asked for, or of too many to keep count."""
+    """A pool of no block, of more than 1 GiB unasked, or of more blocks than one can count."""
     def fit(num_blocks, head_dim):                     # a block takes 128 bytes x head_dim
         return kernels.fit_kv_cache(num_blocks, 1, 16, 1, head_dim, torch.float32, "cpu").shape[2]
 
