@@ -1,17 +1,20 @@
 """Sections 8 to 10 where the device runs ahead of the host: kernels.DecodeGraphs and the engine.
 
-On a CPU a graph's replay is played by the model itself, so that all that the host does is tested
-anywhere; on a GPU the same runs go through real CUDA graphs and compiled layers.
+On a CPU a graph's replay is played by the model itself (as in the tutorial's chapter 11), so that
+all that the host does is tested anywhere; on a GPU the same runs go through real CUDA graphs and
+compiled layers.
 """
 
 import gc
 import random
+import sys
 import weakref
 
 import pytest
 import torch
 from helpers import (
     MODELS,
+    ROOT,
     assert_nothing_left,
     blocks_needed,
     check,
@@ -34,59 +37,18 @@ from nanopaged import (
     sampling_options,
 )
 
+sys.path.insert(0, str(ROOT / "tutorial" / "11_never_wait"))
+
+from stand_in import StandIn  # noqa: E402
+
 GPU = torch.cuda.is_available()
 MODEL = "llama_gqa_tied"
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU: real graphs, or its memory")
-
-
-class Replay:
-    """What a captured graph does when it is launched, on a CPU; padding must be left alone."""
-
-    def __init__(self, model, kv_cache, batch, logits):
-        self.model, self.kv_cache, self.batch, self.logits = model, kv_cache, batch, logits
-
-    def replay(self):
-        batch, block_size = self.batch, self.kv_cache.shape[3]
-        num_seqs = int((batch.context_lens > 0).sum())
-        rows = [([token_id], position, table, True) for token_id, position, table in zip(
-            batch.input_ids.tolist(), batch.positions.tolist(), batch.block_tables.tolist(),
-            strict=True)][:num_seqs]
-        self.logits.fill_(torch.nan)
-        self.logits[:num_seqs] = self.model(
-            kernels.flat_batch(rows, block_size, self.logits.device), self.kv_cache)
-        for counter in (batch.positions, batch.context_lens):
-            counter[:num_seqs] += 1
-
-
 COMPILED = []                      # the model that torch has compiled, on a GPU: the last one
 
 
-class Event:
-    """A copy that has landed at once."""
-
-    def record_event(self):
-        return self
-
-    def synchronize(self):
-        pass
-
-
-def play_graphs(llm):
-    """Let an engine on a CPU run ahead."""
-    engine, graphs = llm.engine, object.__new__(kernels.DecodeGraphs)
-    graphs.model, graphs.draw, graphs.graphs = engine.model, kernels.draw_reference, {}
-    num_columns = -(-engine.max_model_len // engine.pool.block_size)
-    for size in (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96):
-        batch = kernels.flat_batch([([0], 0, [0] * num_columns, True)] * size,
-                                   engine.pool.block_size, engine.kv_cache.device)
-        logits = torch.zeros(size, engine.model.config.vocab_size)
-        graphs.graphs[size] = Replay(engine.model, engine.kv_cache, batch, logits), batch, logits
-    engine.graphs = graphs
-    return llm
-
-
 @pytest.fixture
-def ahead(monkeypatch):
+def ahead():
     """-> make(name, **settings): an engine on a golden model, or "tiny", that runs ahead."""
     def make(name, **settings):
         if GPU and COMPILED != [name]:             # torch keeps eight at most
@@ -96,10 +58,10 @@ def ahead(monkeypatch):
             llm = LLM(num_blocks=64, dtype="float32", **settings)
         else:
             llm = golden_llm(name, enforce_eager=False, **settings)
-        return llm if GPU else play_graphs(llm)
+        if not GPU:
+            llm.engine.graphs = StandIn(llm.engine)
+        return llm
 
-    if not GPU:
-        monkeypatch.setattr(torch.cuda, "current_stream", Event)
     return make
 
 
