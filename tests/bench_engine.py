@@ -21,11 +21,13 @@ The floor is measured in the same run: every weight read once a step and each re
 a token at the rate of a large copy, the prompts' products at the rate of a large product. 1b and 8b
 are the shapes of Llama 3.2 1B and 3.1 8B with random weights; nano256 is nano-vllm's own benchmark,
 256 requests of 100 to 1,024 tokens in and out. Printed are tokens/s and the share of the floor of
-each round (the first compiles kernels), the seconds until the engine was ready, and the host's
-microseconds a step: what a step took, less the time in which it waited for the device.
+each round (the first compiles kernels), the seconds until the engine was ready, the host's
+microseconds a step (what a step took, less the time in which it waited for the device) and, where
+there are CUDA graphs, the milliseconds of a replay and of a draw.
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import os
@@ -266,6 +268,9 @@ def measure_workload(args) -> None:
     print(f"{args.model}, {args.workload}, {name}, torch {torch.__version__}"
           f"{', eager' if args.eager else ''}: ready after {ready:.1f} s; "
           f"copy {bandwidth / 1e9:,.0f} GB/s, product {flops / 1e12:,.2f} TFLOP/s")
+    if engine.graphs:
+        with torch.inference_mode():
+            print_replays(engine)
     waiting = Waiting(engine)
     for round_id in range(args.rounds):
         steps, waiting.seconds, start = llm.stats()["steps"], 0.0, time.perf_counter()
@@ -277,6 +282,37 @@ def measure_workload(args) -> None:
         print(f"  round {round_id + 1}: {num_tokens / seconds:10,.1f} tokens/s, "
               f"{floor / seconds:.1%} of the roofline; host {host / steps * 1e6:,.0f} us a step, "
               f"{host / seconds:.1%} of the time", flush=True)
+
+
+def print_replays(engine, context: int = 800, rounds: int = 20) -> None:
+    """Print the device's milliseconds for a decode step, and for the draw from its logits."""
+    import kernels
+    from nanopaged import SamplingParams, Sequence, sampling_options
+
+    for size, num_seqs in ((2, 1), (256, 256)):
+        if size not in engine.graphs.graphs:
+            continue
+        graph, batch, logits = engine.graphs.graphs[size]
+        num_columns = min(batch.block_tables.shape[1], -(-(context + 64) // engine.pool.block_size))
+        blocks = torch.arange(size * num_columns, device=logits.device) % engine.pool.num_blocks
+        batch.block_tables[:, :num_columns] = blocks.view(size, num_columns)
+        seqs = [Sequence([0], SamplingParams(seed=i)) for i in range(size)]
+        options = sampling_options(seqs, 1, logits.device)
+        draws = {"a draw": engine.graphs.draw, "a draw, not compiled": kernels.draw_reference}
+        for name, run in {"a replay": graph.replay, **{
+                name: functools.partial(draw, logits, *options)
+                for name, draw in draws.items()}}.items():
+            batch.context_lens.zero_()
+            batch.context_lens[:num_seqs] = context
+            batch.positions.fill_(context - 1)
+            run()
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            for _ in range(rounds):
+                run()
+            end.record()
+            end.synchronize()
+            print(f"  {name} for {num_seqs} x {context}: {start.elapsed_time(end) / rounds:.3f} ms")
 
 
 def started_at() -> float | None:
