@@ -25,10 +25,10 @@ them out one by one as a text grows, and finds them again through the text's blo
     logits --> sampler --> one more token --> text --> RequestOutput
 
 One Engine.step() is one trip from schedule() down (on a GPU often several trips of its lower part,
-before the host looks at the tokens). The file is in the order of a request's life and
-each name is defined before it is used, so it reads from the top: 2 config and weights, 3 tokenizer,
-4 sequences, 5 block pool, 6 scheduler, 7 batch, 8 model, 9 sampler, 10 engine, 11 LLM and command
-line. In a hurry: sections 4 to 7 and 10 are PagedAttention; 2 and 3 only read files.
+before the host looks at the tokens). The file is in the order of a request's life and each name is
+defined before it is used, so it reads from the top: 2 config and weights, 3 tokenizer, 4 sequences,
+5 block pool, 6 scheduler, 7 batch, 8 model, 9 sampler, 10 engine, 11 LLM and command line. In a
+hurry: sections 4 to 7 and 10 are PagedAttention; 2 and 3 only read files.
 
 Dimension key: T tokens of the flat batch, S sequences, M blocks of a block-table row, N blocks of
 the pool, B block size (batch is never B), E hidden size, H query heads, K KV heads, D head_dim,
@@ -985,6 +985,7 @@ class Decoder(nn.Module):
         if c.family == "gpt2":
             self.embed_positions = Linear(width, c.max_position_embeddings, False, **factory)
         self.layers = nn.ModuleList(Layer(c, **factory) for _ in range(c.num_hidden_layers))
+        # the two halves of a layer, taken as functions: load_model() may have them compiled
         self.before, self.after = Layer.before_attention, Layer.after_attention
         self.norm = NORMS[c.family](width, c.rms_norm_eps, **factory)
         self.lm_head = (self.embed_tokens if c.tie_word_embeddings else
@@ -1006,7 +1007,7 @@ class Decoder(nn.Module):
         for layer, (k_cache, v_cache) in zip(self.layers, kv_cache, strict=True):
             q, k, v = self.before(layer, x, rope)
             batch.write_kv(k, v, k_cache, v_cache, batch.slot_mapping)
-            y = batch.attend(q, k_cache, v_cache, scale=self.config.head_dim ** -0.5)
+            y = batch.attend(q, k_cache, v_cache, scale=self.config.head_dim ** -0.5)  # (T, H, D)
             x = self.after(layer, x, y)
         # the vocabulary is the widest matrix: only rows that are sampled meet it
         return self.lm_head(self.norm(x[batch.last_rows]))
