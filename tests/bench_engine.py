@@ -33,6 +33,7 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -172,6 +173,13 @@ SHAPES = {
                    "intermediate_size": 14336, "tie_word_embeddings": False}}
 
 
+def workload_name(name: str) -> str:
+    """The name of a workload that make_workload knows; argparse tells of another."""
+    if not re.fullmatch(r"single|nano256|[1-9]\d*x[1-9]\d*x[1-9]\d*", name):
+        raise argparse.ArgumentTypeError(f"{name!r} is none: give single, nano256, or 16x64x64")
+    return name
+
+
 def make_workload(name: str) -> tuple[list[list[int]], list[int]]:
     """Return (prompts as token ids, output length of each)."""
     draw = random.Random(0)
@@ -257,8 +265,7 @@ def measure_workload(args) -> None:
             folder = smollm2.folder() if args.model == "smollm2" else args.model
         llm = LLM(str(folder), **settings)
     engine, device = llm.engine, llm.engine.kv_cache.device.type
-    # perf_counter starts anywhere; the process knows when it was started
-    ready = time.time() - started_at() if started_at() else float("nan")
+    ready = time.time() - started_at()
     prompts, lengths = make_workload(args.workload)
     params = [SamplingParams(temperature=0.6, max_tokens=most, ignore_eos=True, seed=i)
               for i, most in enumerate(lengths)]
@@ -315,15 +322,15 @@ def print_replays(engine, context: int = 800, rounds: int = 20) -> None:
             print(f"  {name} for {num_seqs} x {context}: {start.elapsed_time(end) / rounds:.3f} ms")
 
 
-def started_at() -> float | None:
-    """When this process was started (as time.time() counts), where the system tells."""
+def started_at() -> float:
+    """When this process was started, as time.time() counts; NaN where the system does not tell."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         boot = next(line for line in Path("/proc/stat").read_text().splitlines()
                     if line.startswith("btime"))
         return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, StopIteration, ValueError, IndexError):
-        return None
+        return float("nan")
 
 
 # ---- the report ---------------------------------------------------------------------------------
@@ -353,7 +360,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2",
                         help="a model folder, or smollm2 (default); with --workload also 1b, 8b")
-    parser.add_argument("--workload", help="single, nano256, or requests x tokens in x tokens out")
+    parser.add_argument("--workload", type=workload_name,
+                        help="single, nano256, or requests x tokens in x tokens out: 16x64x64")
     parser.add_argument("--eager", action="store_true", help="with --workload: no CUDA graphs")
     parser.add_argument("--requests", type=int, default=16)
     parser.add_argument("--prompt-len", type=int, default=64)
