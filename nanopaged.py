@@ -1589,13 +1589,12 @@ def write_outputs(engine, request_ids, params, args):
         written, output = 0, None
         while not (output and output.finished):
             while request_id not in news:          # the others' wait there until it is their turn
-                news |= {moved.request_id: moved for moved in engine.step(watch)}
+                news |= {moved.request_id: moved for moved in engine.step(watch, whole)}
             output = news.pop(request_id)
-            if output.finished or not whole:
-                text = "\n".join(text.text for text in output.outputs[:params.n])
-                text = json.dumps(output, default=vars) if args.json else text
-                print(text[written:], end="\n" * output.finished, flush=True)
-                written = len(text)
+            text = "\n".join(text.text for text in output.outputs[:params.n])
+            text = json.dumps(output, default=vars) if args.json else text
+            print(text[written:], end="\n" * output.finished, flush=True)
+            written = len(text)
 
 
 def run(args):
