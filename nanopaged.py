@@ -450,9 +450,8 @@ class Tokenizer:
         """Ids of a text without special or added tokens; at_start: it follows none of them."""
         text = text.replace("▁", " ") if self.first_space else text
         bare = text[0] != " "
-        if {"each": True, "always": bare, "first": bare and at_start}.get(self.first_space):
-            text = " " + text
-        return [i for piece in split_text(text, self.patterns)
+        spaces = {"each": 1, "always": bare, "first": bare and at_start}.get(self.first_space, 0)
+        return [i for piece in split_text(" " * spaces + text, self.patterns)
                 for rank in self.bpe.encode_ordinary(piece) for i in self.ids_of_rank[rank]]
 
     def token_bytes(self, token_id):
