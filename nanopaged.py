@@ -1573,7 +1573,6 @@ class CommandLine(argparse.ArgumentParser):
         for option, operand, text in re.findall(r"^ +(--\S+) ?([A-Z]*)(.*)", self.__doc__, re.M):
             repeat = {"action": "append"} if "repeatable" in text else {}
             self.add_argument(option, **kinds.get(operand, {}), **repeat)
-        self.set_defaults(prompt=[], max_tokens=64)
 
     def format_help(self):
         return inspect.cleandoc(self.__doc__) + "\n"
@@ -1602,7 +1601,7 @@ def run(args):
     # What beam search has not, such as --top-p, its parameters refuse. --seed is the engine's.
     names = {*SamplingParams.__match_args__, *BeamSearchParams.__match_args__} - {"seed"}
     given = {name: value for name, value in vars(args).items() if value is not None}
-    options = {name: given[name] for name in given.keys() & names}
+    options = {"max_tokens": 64} | {name: given[name] for name in given.keys() & names}
     with reading("options"):
         params = (BeamSearchParams(**options) if args.beam_width is not None else
                   SamplingParams(**{"temperature": 0.8} | options))
