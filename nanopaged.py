@@ -216,8 +216,7 @@ def load_tensors(folder, wanted):
     for name, shape in missing.items():
         raise ValueError(f"{folder}: tensor {name} {shape} is missing in model.safetensors")
     for path, key, target in sorted(found, key=lambda entry: entry[2].numel(), reverse=True):
-        with safe_open(path, "pt") as file:
-            target.copy_(file.get_tensor(key))
+        target.copy_(safe_open(path, "pt").get_tensor(key))
 
 
 def _get(url, byte_range=None):
