@@ -190,24 +190,21 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
     for seq, context_len in enumerate(context_lens.tolist()):
         # neither the table's padding nor a slot past the context is read: it may hold NaN
         blocks = block_tables[seq, :-(-context_len // block_size)]
-        k, v = (cache.index_select(0, blocks).flatten(0, 1)[:context_len].transpose(0, 1)
-                for cache in (k_cache, v_cache))                                    # (K, C, D)
+        k, v = (cache.index_select(0, blocks).flatten(0, 1).transpose(0, 1)
+                for cache in (k_cache, v_cache))                           # (K, whole blocks, D)
         for row in range(starts[seq], starts[seq + 1], MAX_QUERY_RUN):
             rows = slice(row, min(row + MAX_QUERY_RUN, starts[seq + 1]))
-            num_queries = rows.stop - row
             # What the last of them sees. 5 queries in a context of 9, cut after 2: 9 - 3 = 6.
-            seen = context_len - (starts[seq + 1] - rows.stop)
+            keys = torch.arange(context_len - (starts[seq + 1] - rows.stop), device=q.device)
             # The G = H / K query heads that share a KV head become rows of one matrix, so its K
             # and V are read once for all of them and never repeated in memory.
             packed = q[rows].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)   # (K, G, Q, D)
-            mask = None                        # a decode sees all
-            if num_queries > 1:
-                mask = torch.ones(num_queries, seen, dtype=torch.bool, device=q.device)
-                mask = mask.tril(seen - num_queries).repeat(packed.shape[1], 1)     # (GQ, seen)
-            y = F.scaled_dot_product_attention(
-                packed.flatten(1, 2)[None], k[None, :, :seen], v[None, :, :seen], mask,
-                scale=scale)                                                        # (1, K, GQ, D)
-            out[rows] = y[0].unflatten(1, (-1, num_queries)).permute(2, 0, 1, 3).flatten(1, 2)
+            G, Q = packed.shape[1:3]
+            # the queries' positions are the last Q of the keys'; a decode sees all
+            mask = (keys <= keys[-Q:, None]).repeat(G, 1) if Q > 1 else None        # (GQ, seen)
+            y = F.scaled_dot_product_attention(packed.flatten(1, 2)[None], k[None, :, :len(keys)],
+                                               v[None, :, :len(keys)], mask, scale=scale)
+            out[rows] = y[0].unflatten(1, (G, Q)).permute(2, 0, 1, 3).flatten(1, 2)
     return out
 
 
