@@ -146,14 +146,12 @@ def copy_blocks_reference(source, target, pairs):
 
 
 @triton.jit
-def copy_blocks_kernel(kv_cache, pairs, c_layer, c_kv, c_block, SIZE: tl.constexpr,
-                       CHUNK: tl.constexpr):
+def copy_blocks_kernel(kv_cache, pairs, c_kv, c_block, SIZE: tl.constexpr, CHUNK: tl.constexpr):
     """One program for each pair, each of the 2L tensors in which it is copied, each chunk."""
-    pair, layer, kv = tl.program_id(0), tl.program_id(1) // 2, tl.program_id(1) % 2
-    i = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
-    base = kv_cache + layer.to(tl.int64) * c_layer + kv.to(tl.int64) * c_kv + i
-    x = tl.load(base + tl.load(pairs + 2 * pair) * c_block, mask=i < SIZE)
-    tl.store(base + tl.load(pairs + 2 * pair + 1) * c_block, x, mask=i < SIZE)
+    pair, i = pairs + 2 * tl.program_id(0), tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)
+    base = kv_cache + tl.program_id(1).to(tl.int64) * c_kv + i
+    x = tl.load(base + tl.load(pair) * c_block, mask=i < SIZE)
+    tl.store(base + tl.load(pair + 1) * c_block, x, mask=i < SIZE)
 
 
 def copy_blocks(kv_cache, pairs):
@@ -163,11 +161,12 @@ def copy_blocks(kv_cache, pairs):
         none is also a source: the order of the copies is not defined.
     """
     L, _, N, B, K, D = kv_cache.shape
-    strides = (*kv_cache.stride()[:3], K * D, D, 1)              # a block is one piece of memory
+    # all K and V stand at one distance from the next, and a block is one piece of memory
+    strides = (2 * kv_cache.stride(1), *kv_cache.stride()[1:3], K * D, D, 1)
     check_arguments(kv_cache=(kv_cache, (L, 2, N, B, K, D), kv_cache.dtype, strides),
                     pairs=(pairs, (len(pairs), 2), torch.int64, (2, 1)))
     copy_blocks_kernel[(len(pairs), 2 * L, triton.cdiv(B * K * D, 4096))](
-        kv_cache, pairs, *strides[:3], SIZE=B * K * D, CHUNK=4096)
+        kv_cache, pairs, *strides[1:3], SIZE=B * K * D, CHUNK=4096)
 
 
 def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, query_start, *,
