@@ -80,16 +80,15 @@ def fit_kv_cache(num_blocks, num_layers, *shape, utilization=1.0, largest_step=N
     return kv_cache.pin_memory() if pin and num_blocks else kv_cache
 
 
-def check_arguments(**arguments):
-    """Refuse what a kernel would misread: each argument is (tensor, shape, dtype[, strides]).
+def check_arguments(device, dtype, **arguments):
+    """Refuse what a kernel would misread: arguments of one dtype, each (tensor, shape[, strides]).
 
     Any strides will do if none are given, but the last must be 1. Raises: ValueError.
     """
-    device = next(iter(arguments.values()))[0].device
     if device.type not in ("cuda", "cpu")[:1 + INTERPRETED] or not hasattr(triton, "cdiv"):
         raise ValueError(f"no Triton on {device}: set TRITON_INTERPRET=1, or call the _reference")
-    for name, (x, shape, dtype, *strides) in arguments.items():
-        wanted = [dtype, tuple(shape), device, *(strides or [(*x.stride()[:-1], 1)])]
+    for name, (x, shape, *strides) in arguments.items():
+        wanted = [dtype, shape, device, *(strides or [(*x.stride()[:-1], 1)])]
         if (given := [x.dtype, tuple(x.shape), x.device, x.stride()]) != wanted:
             raise ValueError(f"{name} must be {wanted} (dtype, shape, device, strides); is {given}")
 
@@ -126,10 +125,10 @@ def write_kv(k, v, k_cache, v_cache, slot_mapping):
     Besides, a token of slot -1 is not written: the padding of a captured graph.
     """
     (T, K, D), (N, B) = k.shape, k_cache.shape[:2]
-    check_arguments(k=(k, (T, K, D), k.dtype), v=(v, (T, K, D), k.dtype),
-                    k_cache=(k_cache, (N, B, K, D), k.dtype),
-                    v_cache=(v_cache, (N, B, K, D), k.dtype, k_cache.stride()),
-                    slot_mapping=(slot_mapping, (T,), torch.int64))
+    check_arguments(k.device, k.dtype, k=(k, (T, K, D)), v=(v, (T, K, D)),
+                    k_cache=(k_cache, (N, B, K, D)),
+                    v_cache=(v_cache, (N, B, K, D), k_cache.stride()))
+    check_arguments(k.device, torch.int64, slot_mapping=(slot_mapping, (T,)))
     write_kv_kernel[(T,)](
         k, v, k_cache, v_cache, slot_mapping, *k.stride()[:2], *v.stride()[:2],
         *k_cache.stride()[:3], B, K, D, triton.next_power_of_2(K), triton.next_power_of_2(D))
@@ -160,11 +159,11 @@ def copy_blocks(kv_cache, pairs):
     Shapes: kv_cache (L, 2, N, B, K, D); pairs (P, 2) int64. The destinations are distinct, and
         none is also a source: the order of the copies is not defined.
     """
-    L, _, N, B, K, D = kv_cache.shape
+    L, _, _, B, K, D = kv_cache.shape
     # all K and V stand at one distance from the next, and a block is one piece of memory
     strides = (2 * kv_cache.stride(1), *kv_cache.stride()[1:3], K * D, D, 1)
-    check_arguments(kv_cache=(kv_cache, (L, 2, N, B, K, D), kv_cache.dtype, strides),
-                    pairs=(pairs, (len(pairs), 2), torch.int64, (2, 1)))
+    check_arguments(kv_cache.device, kv_cache.dtype, kv_cache=(kv_cache, kv_cache.shape, strides))
+    check_arguments(kv_cache.device, torch.int64, pairs=(pairs, (len(pairs), 2), (2, 1)))
     copy_blocks_kernel[(len(pairs), 2 * L, triton.cdiv(B * K * D, 4096))](
         kv_cache, pairs, *strides[1:3], SIZE=B * K * D, CHUNK=4096)
 
@@ -379,12 +378,11 @@ def paged_attention(q, k_cache, v_cache, block_tables, context_lens, query_start
     (T, H, D), (N, B, K, _), (S, M) = q.shape, k_cache.shape, block_tables.shape
     dtype = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.float32
     out, G = torch.empty_like(q) if out is None else out, H // K
-    check_arguments(q=(q, (T, K * G, D), dtype), out=(out, (T, H, D), dtype),
-                    k_cache=(k_cache, (N, B, K, D), dtype),
-                    v_cache=(v_cache, (N, B, K, D), dtype, k_cache.stride()),
-                    block_tables=(block_tables, (S, M), torch.int32),
-                    context_lens=(context_lens, (S,), torch.int32),
-                    query_start=(query_start, (S + 1,), torch.int32))
+    check_arguments(q.device, dtype, q=(q, (T, K * G, D)), out=(out, (T, H, D)),
+                    k_cache=(k_cache, (N, B, K, D)),
+                    v_cache=(v_cache, (N, B, K, D), k_cache.stride()))
+    check_arguments(q.device, torch.int32, block_tables=(block_tables, (S, M)),
+                    context_lens=(context_lens, (S,)), query_start=(query_start, (S + 1,)))
     dim = max(16, triton.next_power_of_2(D))
     launches = attention_launches(T, S, K, G, dim, M * B, max_query_len, dtype != torch.float32)
     most_parts = max(parts for (_, _, parts), *_ in launches)
