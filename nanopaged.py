@@ -1273,8 +1273,8 @@ class Engine:
     def _move_blocks(self):
         """Carry out what schedule() decided: swap out, swap in, copy, each all at once."""
         kv, swap, swap_pool = self.kv_cache, self.swap_cache, self.scheduler.swap_pool
-        num_held = self.pool.num_blocks - self.pool.num_free       # at no time of the step are more
-        self.counts["blocks_peak"] = max(self.counts["blocks_peak"], num_held)
+        # At no time of the step are more blocks held. A union of Counters keeps the larger number.
+        self.counts |= Counter(blocks_peak=self.pool.num_blocks - self.pool.num_free)
         for name, pairs, source, target in (("swapped_blocks", swap_pool.arrivals, kv, swap),
                                             ("swapped_blocks", self.pool.arrivals, swap, kv),
                                             ("copied_blocks", self.pool.copies, kv, kv)):
