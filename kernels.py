@@ -17,9 +17,9 @@ pool, B block size, H query heads, K KV heads, G = H / K, D head_dim, L layers. 
 """
 
 import functools
-import itertools
 import math
 import os
+from itertools import accumulate, zip_longest
 from types import SimpleNamespace
 
 import torch
@@ -400,6 +400,12 @@ def paged_attention(q, k_cache, v_cache, block_tables, context_lens, query_start
     return out
 
 
+def upload(values, device, dtype=torch.int64):
+    """A tensor of these numbers; the host does not wait until a GPU has done what it is at."""
+    pin = torch.device(device).type == "cuda"
+    return torch.tensor(values, dtype=dtype, pin_memory=pin).to(device, non_blocking=True)
+
+
 def flat_batch(rows, block_size, device):
     """One step's tokens one after the other, and the maps that say whose and where they are.
 
@@ -408,9 +414,8 @@ def flat_batch(rows, block_size, device):
     references.
     """
     spans = [(table, range(first, first + len(ids))) for ids, first, table, _ in rows]
-    ends = [*itertools.accumulate((len(new) for _, new in spans), initial=0)]
-    num_columns = max(len(table) for table, _ in spans)                        # M
-    tensor = functools.partial(torch.tensor, dtype=torch.int64, device=device)
+    ends = [*accumulate((len(new) for _, new in spans), initial=0)]
+    tensor = functools.partial(upload, device=device)
     int32 = functools.partial(tensor, dtype=torch.int32)
     batch = SimpleNamespace(
         input_ids=tensor([token_id for token_ids, *_ in rows for token_id in token_ids]),    # (T,)
@@ -418,7 +423,8 @@ def flat_batch(rows, block_size, device):
         slot_mapping=tensor([table[i // block_size] * block_size + i % block_size
                              for table, new in spans for i in new]),  # (T,) where K and V go
         last_rows=tensor([end - 1 for row, end in zip(rows, ends[1:], strict=True) if row[-1]]),
-        block_tables=int32([table + [0] * (num_columns - len(table)) for table, _ in spans]),
+        # (S, M): all as long as the longest
+        block_tables=int32([*zip(*zip_longest(*(r[2] for r in rows), fillvalue=0), strict=True)]),
         context_lens=int32([new.stop for _, new in spans]),           # (S,) this step's included
         query_start=int32(ends))                        # (S+1,) row of each's first token, and T
     batch.write_kv, attention = ((write_kv, paged_attention) if device.type == "cuda" else
@@ -493,15 +499,15 @@ def penalize_reference(logits, row, token_ids, penalty):
         logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
 
 
-def sample_reference(logits, cut, keys, temperature, top_p, top_k, min_p):
+def sample_reference(logits, cut, seeds, positions, temperature, top_p, top_k, min_p):
     """A token for each row; temperature 0 is greedy -> (S,).
 
     The largest of logit / temperature + Gumbel noise is a draw from their softmax (Gumbel 1954),
-    with neither sums nor an order. A key gives all the noise of its row. (In a row of NaN, from an
-    overflow in float16, some token wins and harms no other row.)
+    with neither sums nor an order. Seed and position of the new token give all the noise of a row.
+    (In a row of NaN, from an overflow in float16, some token wins and harms no other row.)
 
-    Shapes: logits (S, V); keys (S, 1) int64; the options (S, 1) float64. cut: whether top_p, top_k
-        or min_p of any row leave tokens out.
+    Shapes: logits (S, V); seeds, positions (S, 1) int64; the options (S, 1) float64. cut: whether
+        top_p, top_k or min_p of any row leave tokens out.
     """
     logits = logits.float()
     # 1e-6 stands in for the greedy rows, whose draw is not used
@@ -511,7 +517,8 @@ def sample_reference(logits, cut, keys, temperature, top_p, top_k, min_p):
         scores = scores.masked_fill(left == 0, -math.inf)
     token_ids = torch.arange(logits.shape[1], device=logits.device)
     # u in [0, 1], precise near 0: as times, -log(1 - u), the shortest win
-    u = (random_bits_reference(keys, token_ids) >> 1 & (1 << 63) - 1).float() * 2.0 ** -63
+    bits = random_bits_reference(random_bits_reference(seeds, positions), token_ids)
+    u = (bits >> 1 & (1 << 63) - 1).float() * 2.0 ** -63
     noise = -torch.log(-torch.log1p(-u).clamp(-100, -1e-38))
     scores = torch.where(temperature > 0, scores + noise, logits) + 0.0    # -0.0 is 0.0
     # The first of the largest: the maximum of integers in the order of the scores, with the token
@@ -522,9 +529,10 @@ def sample_reference(logits, cut, keys, temperature, top_p, top_k, min_p):
 
 
 def draw_reference(logits, *options):
-    """sample_reference, and the log-probability of each token -> (S,), (S,)."""
+    """sample_reference's tokens, and their log-probabilities below -> (2, S) float64."""
     tokens = sample_reference(logits, *options)
-    return tokens, logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    logprobs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    return torch.stack((tokens.double(), logprobs.double()))
 
 
 def top_logprobs_reference(logprobs, row, token_id, num):
@@ -550,7 +558,9 @@ class DecodeGraphs:
 
     def __init__(self, model, kv_cache, max_num_seqs, max_model_len):
         self.model, self.graphs, pool = model, {}, torch.cuda.graph_pool_handle()
-        self.draw, B = torch.compile(draw_reference, dynamic=True), kv_cache.shape[3]
+        self.draw = torch.compile(draw_reference, dynamic=True, options={
+            "realize_opcount_threshold": 1000})    # all in one pass, the scores never in memory
+        self.block_size = B = kv_cache.shape[3]
         # 2, 3, 4, 6, 8, 12, ..., up to the first that takes all. (1 would be compiled for itself.)
         for size in (n << i for i in range(max_num_seqs.bit_length()) for n in (2, 3)
                      if n + 1 << i < 2 * max(max_num_seqs, 2)):
@@ -566,7 +576,8 @@ class DecodeGraphs:
                 batch.positions += alive
                 batch.context_lens += alive
             self.graphs[size] = graph, batch, logits
-            self.draw(logits, False, batch.positions[:, None], *[logits[:, :1].double()] * 4)
+            positions, option = batch.positions[:, None], logits[:, :1].double()
+            self.draw(logits, False, positions.clone(), positions, *[option] * 4)
 
     def load(self, batch):
         """Put a batch where the smallest graph works that takes it -> graph, its batch, logits."""
@@ -586,21 +597,24 @@ class DecodeGraphs:
         graph.replay()
         return logits[batch.last_rows]
 
-    def run_ahead(self, batch, cut, *columns):
-        """Draw from the logits and go on with the tokens, once for each column of keys.
+    def run_ahead(self, rows, sources, num_steps, cut, seeds, _, *options):
+        """Draw from the logits and go on with the tokens, num_steps times; nothing here waits.
 
-        columns: keys (S, number of steps) and the options of sample_reference. Yields of each step
-        the tokens and the log-probabilities, two lists with padding, while later steps run.
+        rows: see flat_batch. sources: the rows of the last call whose last tokens these go on from,
+        as the host does not know them yet; or None. Behind num_steps: sampling_options; but the
+        positions are those of the graph's memory, which move on. -> what each step draws, with
+        padding, on the host, and the event after which it is there.
         """
+        batch, steps = flat_batch(rows, self.block_size, seeds.device), []
+        if sources is not None:
+            batch.input_ids = self.last_tokens[upload(sources, seeds.device)]
         graph, memory, logits = self.load(batch)
-        keys, *options = (F.pad(x, (0, 0, 0, len(logits) - len(x))) for x in columns)
-        draw, flights = draw_reference if cut else self.draw, []
-        for step_keys in keys.T.contiguous()[:, :, None]:      # with strides as compiled: of 1
+        seeds, *options = (F.pad(x, (0, 0, 0, len(logits) - len(x))) for x in (seeds, *options))
+        draw, positions = draw_reference if cut else self.draw, memory.positions[:, None]
+        for _ in range(num_steps):
             graph.replay()
-            tokens, logprobs = draw(logits, cut, step_keys, *options)
-            memory.input_ids.copy_(tokens)
-            drawn = torch.stack((tokens.double(), logprobs.double())).to("cpu", non_blocking=True)
-            flights.append((drawn, torch.cuda.current_stream().record_event()))
-        for drawn, landed in flights:
-            landed.synchronize()
-            yield drawn.tolist()
+            drawn = draw(logits, cut, seeds, positions, *options)
+            memory.input_ids.copy_(drawn[0])
+            steps.append(drawn.to("cpu", non_blocking=True))
+        self.last_tokens = drawn[0].long()
+        return steps, torch.cuda.current_stream().record_event()

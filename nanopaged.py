@@ -44,8 +44,9 @@ others hold by construction.
   I1  ref_count[b] is the number of block-table rows that hold b.
   I2  every block is free exactly once, or held: free + held = N.
   I3  a block that is written in a step has ref_count 1.
-  I4  between steps a sequence holds exactly ceil(num_kv / B) blocks. (Inside one also those for the
-      tokens being computed; a step that was interrupted leaves them to the next.)
+  I4  between steps a sequence holds exactly ceil(num_kv / B) blocks. (Inside one, or while the
+      device runs ahead, also those for the tokens being computed; a step that was interrupted
+      leaves them to the next.)
   I5  a failed operation changes nothing: capacity is checked before the first mutation.
   I6  a cached block is found by exact tokens, its own and all before them, and only after its K and
       V were computed; at least one token of a prompt is always computed.
@@ -79,7 +80,6 @@ from safetensors import SafetensorError, safe_open
 with warnings.catch_warnings(action="ignore"):     # torch's, that numpy is absent: unused here
     import torch
     from torch import nn
-    from torch.nn import functional as F
 
     import kernels
 
@@ -126,7 +126,7 @@ def check(name, value, limits):
         return require(value in limits, name, value, f"one of {limits}")
     kind, low, high = limits
     ok = type(value) in (int, kind) and low <= value <= high                # NaN compares false
-    require(ok, name, value, f"{kind.__name__} from {low} to {high}")
+    ok or require(ok, name, value, f"{kind.__name__} from {low} to {high}")   # a text takes time
 
 
 def check_all(settings, limits, optional=()):
@@ -564,6 +564,7 @@ class Sequence:
     def __init__(self, token_ids, params, cache_salt=None):
         self.token_ids = list(token_ids)           # prompt, then generated
         self.num_prompt_tokens = len(token_ids)
+        self.max_num_tokens = len(token_ids) + params.max_tokens
         self.num_kv = 0                            # tokens whose K and V are in the cache
         self.block_table = []                      # logical block i is physical block_table[i]
         self.cache_salt = cache_salt               # cached blocks are shared within one salt only
@@ -718,7 +719,8 @@ class BlockPool:
         taken = [self._take() for _ in range(needed)]
         written = seq.block_table[seq.num_kv // self.block_size:]
         if written and self.ref_count[written[0]] > 1:
-            shared = seq.block_table.pop()         # the last; the others go on reading it
+            # It is the last: whoever runs ahead, and has more blocks, is not forked.
+            shared = seq.block_table.pop()         # the others go on reading it
             self.ref_count[shared] -= 1
             self.copies.append((shared, taken[0]))
         self.hold(seq, taken, seq.num_kv)
@@ -966,9 +968,9 @@ class Layer(nn.Module):
         x = x + self.o(y.flatten(1))
         h = self.up(self.mlp_norm(x))
         if self.config.family == "gpt2":
-            return x + self.down(F.gelu(h, approximate="tanh"))
+            return x + self.down(nn.functional.gelu(h, approximate="tanh"))
         gate, up = h.chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        return x + self.down(nn.functional.silu(gate) * up)
 
 
 class Decoder(nn.Module):
@@ -995,9 +997,9 @@ class Decoder(nn.Module):
 
         kv_cache: (L, 2, N, B, K, D).
         """
-        x, rope = F.embedding(batch.input_ids, self.embed_tokens.weight), None           # (T, E)
+        x, rope = nn.functional.embedding(batch.input_ids, self.embed_tokens.weight), None  # (T, E)
         if self.config.family == "gpt2":
-            x = x + F.embedding(batch.positions, self.embed_positions.weight)
+            x = x + nn.functional.embedding(batch.positions, self.embed_positions.weight)
         else:   # the angles are computed in float32 and once a step, not once a layer
             angle = batch.positions[:, None, None] * self.frequencies      # (T, 1, D/2)
             rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
@@ -1068,19 +1070,14 @@ def load_model(config, folder, device, dtype, load_format="auto", compiled=False
 # ================================================================================================
 
 
-def sampling_options(seqs, num_steps, device):
-    """What kernels.sample_reference takes behind the logits, to draw the rows' next tokens.
-
-    The keys are (S, num_steps), a column for each step; the others hold for all steps.
-    """
+def sampling_options(seqs, device):
+    """What kernels.sample_reference takes behind the logits, to draw the rows' next tokens."""
     params = [seq.params for seq in seqs]
-    options = torch.tensor([(p.temperature, p.top_p, p.top_k, p.min_p) for p in params],
-                           dtype=torch.float64, device=device)
-    seeds, positions = torch.tensor([(seq.seed, seq.num_tokens) for seq in seqs],
-                                    device=device).split(1, dim=1)
-    keys = kernels.random_bits_reference(seeds, positions + torch.arange(num_steps, device=device))
     cut = any(p.top_p < 1 or p.top_k > 0 or p.min_p > 0 for p in params)
-    return cut, keys, *options.split(1, dim=1)
+    keys = kernels.upload([(seq.seed, seq.num_tokens) for seq in seqs], device)
+    options = kernels.upload([(p.temperature, p.top_p, p.top_k, p.min_p) for p in params], device,
+                             torch.float64)
+    return cut, *keys.split(1, dim=1), *options.split(1, dim=1)
 
 
 def sample(logits, seqs):
@@ -1091,7 +1088,7 @@ def sample(logits, seqs):
     logprobs, params = logits.log_softmax(-1), [seq.params for seq in seqs]
     for row, (seq, p) in enumerate(zip(seqs, params, strict=True)):
         kernels.penalize_reference(logits, row, seq.token_ids, p.repetition_penalty)
-    tokens = (kernels.sample_reference(logits, *sampling_options(seqs, 1, logits.device))
+    tokens = (kernels.sample_reference(logits, *sampling_options(seqs, logits.device))
               if any(p.temperature for p in params) else logits.argmax(-1))
     chosen = logprobs.gather(1, tokens[:, None])[:, 0]
     rows = enumerate(zip(tokens.tolist(), chosen.tolist(), params, strict=True))
@@ -1104,7 +1101,8 @@ def largest_step(model, kv_cache, num_seqs, num_tokens):
     """Compute and sample as much as a step may, so that torch holds the memory that it takes."""
     length = min(max(1, num_tokens // num_seqs), model.config.max_position_embeddings)
     seq = Sequence([0] * length, SamplingParams(seed=0, top_p=0.5))
-    seq.block_table = [0] * seq.num_tokens         # all write to one block, and nobody reads it
+    # All write to one block, and nobody reads it. Short tables' kernel comes with the first prompt.
+    seq.block_table = [0] * max(seq.num_tokens, 1024)
     batch = make_batch([(seq, seq.num_tokens)] * num_seqs, kv_cache.shape[3], kv_cache.device)
     with reading("the largest step; lower max_num_seqs or max_num_batched_tokens"):
         sample(model(batch, kv_cache).float(), [seq] * num_seqs)
@@ -1133,8 +1131,13 @@ def hopeful(beams, ended, params):
 #
 #     A GPU computes a step of decodes faster than Python prepares one. So where nobody has to see
 #     each token, blocks are appended for up to 16 steps, and the device makes them by itself
-#     (kernels.DecodeGraphs). Whatever needs the host first takes one step at a time, with the same
-#     tokens.
+#     (kernels.DecodeGraphs): a flight. Behind it the host launches the next flight, which goes on
+#     from tokens that only the device knows, and reads those of a flight while the next one runs:
+#
+#         device               [ flight 1 ][ flight 2      ][ flight 3      ][ ...
+#         host      launch 1, 2            read 1, launch 3  read 2, launch 4
+#
+#     Whatever needs the host first takes one step at a time, with the same tokens.
 # ================================================================================================
 
 
@@ -1145,12 +1148,11 @@ class Engine:
                  max_model_len, seed):
         self.scheduler, self.pool, self.counts = scheduler, scheduler.pool, scheduler.counts
         self.model, self.tokenizer = model, tokenizer
-        self.kv_cache, self.swap_cache = kv_cache, swap_cache
-        self.enable_prefix_caching = enable_prefix_caching
-        self.max_model_len, self.seeds = max_model_len, random.Random(seed)
-        self.request_ids = itertools.count()       # in order of arrival
-        self.steps_as_last = {}                    # {block_id: steps as a last block}, for stats()
-        self.graphs = None                         # kernels.DecodeGraphs, see LLM
+        self.kv_cache, self.swap_cache, self.max_model_len = kv_cache, swap_cache, max_model_len
+        self.seeds, self.request_ids = random.Random(seed), itertools.count()  # ids grow by arrival
+        # {block_id: steps as a last block}, for stats()
+        self.enable_prefix_caching, self.steps_as_last = enable_prefix_caching, {}
+        self.graphs = self.flight = None           # see LLM, and _launch()
 
     def add_request(self, prompt, params):
         """Queue a prompt, given as text or as token ids -> its request_id.
@@ -1205,54 +1207,75 @@ class Engine:
 
         watch(engine) is called at the end, while what finishes still holds its blocks.
         """
+        # A step that is interrupted forgets what flies: the same tokens are drawn again. What flies
+        # for nobody, as all were aborted or have ended, is forgotten too.
+        flight, self.flight, following = self.flight if self.scheduler.running else None, None, None
         # Some have ended and are still there only after a step that was interrupted then.
         moved = [group for group in self.scheduler.running if not group.unfinished()]
-        if not moved and (scheduled := self.scheduler.schedule()):
-            seqs = [seq for seq, _ in scheduled]
-            num_steps = self._steps_ahead(seqs)
-            moved = self._run_ahead(seqs, num_steps) if num_steps > 1 else self._compute(scheduled)
-            self._count(scheduled, num_steps)
+        if not moved and self.has_unfinished_requests():
+            plan = [] if flight else self.scheduler.schedule()
+            # the longest contexts last, as the attention kernel begins with those
+            flight = flight or self._launch(sorted((s for s, _ in plan), key=lambda s: s.num_kv))
+            following = flight and self._launch(*flight[:2])
+            moved = self._land(*flight) if flight else self._compute(plan)
             if watch:
                 watch(self)
         for group in moved:
             self.pool.free(*(seq for seq in group.seqs if seq.finish_reason))  # siblings may go on
             if not group.unfinished():
                 self.scheduler.finish(group)
+        self.flight = following
         return [g.output() for g in moved if not (only_finished and g.unfinished())]
 
-    def _steps_ahead(self, seqs):
-        """How many tokens the device may draw for all before the host looks: 16, 8, 4, 2, or 1.
+    def _steps_ahead(self, seqs, in_flight=0):
+        """How many tokens the device may draw for all before the host looks: 16, 8, 4, 2, or 0.
 
-        1 if the host must see each: for prompts, beams, log-probabilities and penalties. Else as
-        many as somebody wants, none passes the model's longest text with, and there are blocks for.
+        0 if the host must see each: for prompts, beams, log-probabilities and penalties. Else as
+        many as somebody wants beside those in flight, none passes the model's longest text with,
+        and there are blocks for.
         """
-        plain = self.graphs and all(
+        plain = self.graphs and seqs and all(
             seq.num_kv == seq.num_tokens - 1 >= seq.num_prompt_tokens
             and seq.params.logprobs is None and seq.params.repetition_penalty == 1 for seq in seqs)
-        longest = max(seq.num_tokens for seq in seqs)
-        most = max(seq.num_prompt_tokens + seq.params.max_tokens - seq.num_tokens for seq in seqs)
-        return next((n for n in (16, 8, 4, 2)
-                     if plain and n < 2 * most and longest + n <= self.max_model_len + 1
-                     and self.pool.num_needed([(seq, n) for seq in seqs]) <= self.pool.num_free), 1)
+        most = max((seq.max_num_tokens - seq.num_tokens for seq in seqs), default=0) - in_flight
+        room = self.max_model_len + 1 - in_flight - max((s.num_tokens for s in seqs), default=0)
+        return next((n for n in (16, 8, 4, 2) if plain and n < 2 * most and n <= room
+                     and self.pool.num_needed([(seq, in_flight + n) for seq in seqs])
+                     <= self.pool.num_free), 0)
 
-    def _run_ahead(self, seqs, num_steps):
-        """Let the device draw num_steps tokens for each sequence -> the groups that got them.
+    def _launch(self, seqs, in_flight=0):
+        """Let the device draw tokens for sequences, of which it draws `in_flight` already.
 
-        It does not wait for the host, which learns the tokens of one step while later steps run,
-        and drops what comes behind the end of a text.
+        Left out is who has ended or was aborted, or will have all tokens then. -> a flight: its
+        sequences, the number of tokens of each, and the tokens to come, for which _land() waits.
+        Or None, if the host must look first; behind a flight also if somebody waits for whom there
+        is a seat.
         """
-        for seq in seqs:
-            self.pool.append(seq, num_steps)
-        self._move_blocks()
-        batch = make_batch([(seq, 1) for seq in seqs], self.pool.block_size, self.kv_cache.device)
-        options = sampling_options(seqs, num_steps, self.kv_cache.device)
-        for drawn in self.graphs.run_ahead(batch, *options):
-            for seq, token_id, logprob in zip(seqs, *drawn, strict=False):
-                if not seq.finish_reason:
+        rows = [row for row, seq in enumerate(seqs)
+                if seq.block_table and seq.num_tokens + in_flight < seq.max_num_tokens]
+        seqs, waiting = [seqs[row] for row in rows], self.scheduler.waiting
+        num_steps = self._steps_ahead(seqs, in_flight)
+        if num_steps and not (in_flight and waiting and
+                              len(seqs) + waiting[0].width <= self.scheduler.max_num_seqs):
+            for seq in seqs:
+                self.pool.append(seq, in_flight + num_steps)
+            self._move_blocks()
+            last = [(s.token_ids[-1:], s.num_kv + in_flight, s.block_table, True) for s in seqs]
+            options = sampling_options(seqs, self.kv_cache.device)
+            return seqs, num_steps, *self.graphs.run_ahead(last, rows if in_flight else None,
+                                                           num_steps, *options)
+
+    def _land(self, seqs, num_steps, steps, landed):
+        """Take the tokens of a flight, up to the end of each text -> the groups that got them."""
+        landed.synchronize()
+        for drawn in steps:
+            for seq, token_id, logprob in zip(seqs, *drawn.tolist(), strict=False):    # or padding
+                if seq.block_table and not seq.finish_reason:      # not aborted, not ended
                     self.pool.publish(seq, 1)
                     seq.num_kv += 1
                     self._append_token(seq, int(token_id), logprob)
                     self.counts["generated_tokens"] += 1
+        self._count(num_steps * len(seqs), num_steps)
         return list(self.scheduler.running)
 
     def _compute(self, scheduled):
@@ -1268,6 +1291,7 @@ class Engine:
         moved = [group for group in self.scheduler.running
                  if all(seq.num_kv == seq.num_tokens for seq in group.unfinished())]
         self._next_tokens(moved, logits)
+        self._count(sum(num_new for _, num_new in scheduled))
         return moved
 
     def _move_blocks(self):
@@ -1287,8 +1311,8 @@ class Engine:
 
     def _next_tokens(self, groups, logits):
         """Give every sequence of `groups` its next token; in their order each has its row."""
-        seqs = [seq for group in groups for seq in group.unfinished()]
-        row_of = {seq: row for row, seq in enumerate(seqs)}        # of the logits it goes on from
+        # {sequence: the row of the logits that it goes on from}
+        row_of = {seq: row for row, seq in enumerate(s for g in groups for s in g.unfinished())}
         for group in groups:
             for i in range(len(group.seqs), group.params.n):       # the prompt is done: n texts
                 child = group.seqs[0].fork()
@@ -1331,7 +1355,7 @@ class Engine:
         seq.logprobs += [logprobs] if logprobs else []
         if token_id in seq.params.stop_token_ids:
             seq.finish_reason = "stop"             # this token ends the text, and is no part of it
-        elif seq.num_tokens >= seq.num_prompt_tokens + seq.params.max_tokens:
+        elif seq.num_tokens == seq.max_num_tokens:
             seq.finish_reason = "length"
         if self.tokenizer:
             seq.data += self.tokenizer.token_bytes(token_id) if seq.finish_reason != "stop" else b""
@@ -1343,7 +1367,7 @@ class Engine:
             seq.text = text[:max(0, min([len(text) - held_back, *stops]))]
         return seq
 
-    def _count(self, scheduled, num_steps):
+    def _count(self, num_computed, num_steps=1):
         """What the KV memory of these steps holds: tokens, or slots not (yet) used (paper, Fig 2).
 
         Only at its end a sequence shows which slots of its last block were for nothing.
@@ -1354,8 +1378,7 @@ class Engine:
         self.steps_as_last = {b: self.steps_as_last.get(b, 0) + num_steps for b in last}
         num_held, num_rows = pool.num_blocks - pool.num_free, sum(len(s.block_table) for s in seqs)
         counts.update(steps=num_steps, running=num_steps * len(self.scheduler.running),
-                      slots=num_steps * num_held * size,
-                      computed_tokens=num_steps * sum(num_new for _, num_new in scheduled),
+                      slots=num_steps * num_held * size, computed_tokens=num_computed,
                       saved=num_steps * (num_rows - num_held) / max(1, num_rows))
         for block_id, seq in last.items():
             empty = len(seq.block_table) * size - seq.num_kv
@@ -1427,8 +1450,7 @@ class LLM:
         shape = c.num_hidden_layers, block_size, c.num_key_value_heads, c.head_dim, DTYPES[dtype]
         kv_cache = kernels.fit_kv_cache(
             num_blocks, *shape, device, utilization=gpu_memory_utilization,
-            largest_step=lambda cache: largest_step(
-                decoder, cache, max_num_seqs, max_num_batched_tokens))
+            largest_step=lambda kv: largest_step(decoder, kv, max_num_seqs, max_num_batched_tokens))
         swap_cache = kernels.fit_kv_cache(swap_blocks, *shape, "cpu", pin=device == "cuda")
         longest = min(c.max_position_embeddings, kv_cache.shape[2] * block_size)
         check("max_model_len", max_model_len or longest, (int, 2, longest))
@@ -1563,6 +1585,7 @@ class CommandLine(argparse.ArgumentParser):
     def __init__(self):
         super().__init__(usage="nanopaged.py [-h] --prompt PROMPT [options]", allow_abbrev=False)
         # The docstring above is the help, and declares the options; their operands say the kind.
+        self.format_help = lambda: inspect.cleandoc(self.__doc__) + "\n"
         kinds = {"N": {"type": int}, "X": {"type": float}, "": {"action": "store_true"},
                  "WIDTH": {"type": int, "dest": "beam_width"},
                  "PROMPT": {"type": lambda text: read_text(text) if text == "-" else text},
@@ -1571,9 +1594,6 @@ class CommandLine(argparse.ArgumentParser):
         for option, operand, text in re.findall(r"^ +(--\S+) ?([A-Z]*)(.*)", self.__doc__, re.M):
             repeat = {"action": "append"} if "repeatable" in text else {}
             self.add_argument(option, **kinds.get(operand, {}), **repeat)
-
-    def format_help(self):
-        return inspect.cleandoc(self.__doc__) + "\n"
 
 
 def write_outputs(engine, request_ids, params, args):

@@ -304,7 +304,7 @@ def print_replays(engine, context: int = 800, rounds: int = 20) -> None:
         blocks = torch.arange(size * num_columns, device=logits.device) % engine.pool.num_blocks
         batch.block_tables[:, :num_columns] = blocks.view(size, num_columns)
         seqs = [Sequence([0], SamplingParams(seed=i)) for i in range(size)]
-        options = sampling_options(seqs, 1, logits.device)
+        options = sampling_options(seqs, logits.device)
         draws = {"a draw": engine.graphs.draw, "a draw, not compiled": kernels.draw_reference}
         for name, run in {"a replay": graph.replay, **{
                 name: functools.partial(draw, logits, *options)

@@ -45,10 +45,13 @@ def make_scheduler(num_blocks, block_size, max_num_seqs=256, budget=64, swap_blo
                      preemption, max_num_seqs, budget)
 
 
-def check_pool(pool, seqs):
-    """Assert I1, I2, I4 and I6 of a pool; `seqs` are all sequences that hold blocks."""
+def check_pool(pool, seqs, in_flight=()):
+    """Assert I1, I2, I4 and I6 of a pool; `seqs` are all sequences that hold blocks.
+
+    in_flight: {sequence: tokens that the device computes ahead of the host}.
+    """
     rows = Counter(block_id for seq in seqs for block_id in seq.block_table)
-    held = [(seq.num_kv, len(seq.block_table)) for seq in seqs]
+    held = [(seq.num_kv + dict(in_flight).get(seq, 0), len(seq.block_table)) for seq in seqs]
     assert all(num == -(-num_kv // pool.block_size) for num_kv, num in held), f"I4: {held}"
     counted = [rows[block_id] for block_id in range(pool.num_blocks)]
     assert counted == pool.ref_count, f"I1: {counted} rows, but ref_count {pool.ref_count}"
@@ -57,9 +60,13 @@ def check_pool(pool, seqs):
     assert pool.key_of == {b: key for key, b in pool.cached.items()}, "I6: stale keys"
 
 
-def check(scheduler):
-    """Assert the invariants of a scheduler's pools and queues."""
-    check_pool(scheduler.pool, [seq for group in scheduler.running for seq in group.seqs])
+def check(scheduler, flight=None):
+    """Assert the invariants of a scheduler's pools and queues; flight: the engine's, if any."""
+    seqs, num_steps, *_ = flight or ([], 0)
+    in_flight = {seq: num_steps for seq in seqs if seq.block_table}
+    seqs = [seq for group in scheduler.running for seq in group.seqs]
+    assert in_flight.keys() <= {*seqs}, "what flies is not running"
+    check_pool(scheduler.pool, seqs, in_flight)
     # of those that wait, whoever is not swapped out has no blocks, here or in the pool (I7)
     check_pool(scheduler.swap_pool, [seq for group in scheduler.waiting for seq in group.seqs])
     order = [group.request_id for group in [*scheduler.running, *scheduler.waiting]]
@@ -125,7 +132,7 @@ def run_checked(engine, max_steps=2000, after_step=None, watch=None):
         if not engine.has_unfinished_requests():
             return outputs
         moved = engine.step(watch)
-        check(engine.scheduler)
+        check(engine.scheduler, engine.flight)
         outputs |= {output.request_id: output for output in moved}
         if after_step:
             after_step(moved)
@@ -161,7 +168,7 @@ def blocks_needed(block_size, prompt, params):
 def assert_nothing_left(llm):
     """No request, and no block held: what ended or failed has given everything back."""
     assert not llm.engine.has_unfinished_requests()
-    check(llm.engine.scheduler)
+    check(llm.engine.scheduler, llm.engine.flight)
     assert llm.stats()["blocks_used"] == 0, "blocks are still held by nobody"
 
 

@@ -241,7 +241,7 @@ def test_beams_aborted_while_swapped_out():
         llm.engine.step()
     for request_id in ids[1:]:                         # the first is never preempted
         llm.engine.abort(request_id)
-        check(llm.engine.scheduler)
+        check(llm.engine.scheduler, llm.engine.flight)
     check_case(cases[0], run_checked(llm.engine)[ids[0]], eos_token_ids)
     assert_nothing_left(llm)
     for case, output in zip(cases * 2, serve(llm, requests), strict=True):

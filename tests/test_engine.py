@@ -68,7 +68,8 @@ def text_folder(tmp_path_factory):
 def text_llm(text_folder):
     """Random weights: any token may come, half characters and special ones too."""
     torch.manual_seed(0)
-    return LLM(str(text_folder), load_format="dummy", block_size=4, num_blocks=64, dtype="float32")
+    return LLM(str(text_folder), load_format="dummy", block_size=4, num_blocks=64, dtype="float32",
+               enforce_eager=True)
 
 
 # --- greedy tokens, against transformers --------------------------------------------------------
@@ -633,7 +634,7 @@ def test_abort(llm):
     held = llm.stats()["blocks_used"]
     assert engine.abort(ids[3]), "while it runs"
     assert llm.stats()["blocks_used"] <= held - 9      # 33 tokens in blocks of 4
-    check(engine.scheduler)
+    check(engine.scheduler, engine.flight)
     assert not engine.abort(ids[3]) and not engine.abort(10**9), "not there (any more)"
     outputs = run_checked(engine)
     assert {i: token_ids(out) for i, out in outputs.items()} == {ids[0]: GREEDY[0],

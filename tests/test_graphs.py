@@ -5,6 +5,7 @@ all that the host does is tested anywhere; on a GPU the same runs go through rea
 compiled layers.
 """
 
+import contextlib
 import gc
 import random
 import sys
@@ -15,6 +16,7 @@ import torch
 from helpers import (
     MODELS,
     ROOT,
+    Interrupt,
     assert_nothing_left,
     blocks_needed,
     check,
@@ -27,9 +29,12 @@ from helpers import (
 )
 
 import kernels
+import nanopaged
 from nanopaged import (
     LLM,
     BeamSearchParams,
+    BlockPool,
+    Engine,
     SamplingParams,
     find_model,
     load_config,
@@ -155,6 +160,109 @@ def test_texts_and_their_ends(ahead):
     assert {text.finish_reason for text in got} == {"stop", "length"}
 
 
+def test_one_flight_follows_another(ahead):
+    """The device waits for the host between two flights; or flies on for nobody."""
+    llm, launched = ahead(MODEL), []
+    run_ahead = llm.engine.graphs.run_ahead
+    llm.engine.graphs.run_ahead = lambda *args: launched.append(args[2]) or run_ahead(*args)
+    llm.engine.add_request([1, 2, 3], greedy_params(max_tokens=40))
+    read = []
+    run_checked(llm.engine, after_step=lambda moved: read.append(
+        (len(token_ids(moved[0])), sum(launched))))
+    # 1 by the prompt; then what is read is 16 behind what was launched, until no more is wanted
+    assert read == [(1, 0), (17, 32), (33, 39 + 1), (40, 39 + 1)]
+    assert launched == [16, 16, 8] and llm.engine.flight is None
+
+
+def test_nothing_follows_where_somebody_waits(ahead):
+    """A newcomer that waits for as long as the others have something to say."""
+    llm, lengths = ahead(MODEL), []
+    llm.engine.add_request([1, 2, 3], greedy_params(max_tokens=90))
+    for _ in range(2):
+        llm.engine.step()
+    newcomer = llm.engine.add_request([4, 5], greedy_params(max_tokens=3))
+    run_checked(llm.engine, after_step=lambda moved: lengths.append(
+        {output.request_id: len(token_ids(output)) for output in moved}))
+    # what was in flight when it came; then the step that has its prompt
+    assert lengths[:2] == [{0: 33}, {0: 34, newcomer: 1}]
+
+
+def test_a_queue_does_not_stop_those_who_have_all_seats(ahead):
+    """The device waits for the host between all flights, just where most is to be done."""
+    llm, flies = ahead(MODEL, max_num_seqs=2), []
+    ids = [llm.engine.add_request([1, 2, i], greedy_params(most))
+           for i, most in enumerate((90, 50, 20))]
+    outputs = run_checked(llm.engine, after_step=lambda moved: flies.append(
+        bool(llm.engine.flight)))
+    # the prompts, three flights with another behind them, and one in which the second text ends
+    assert flies[:5] == [False, True, True, True, False]
+    assert [len(token_ids(outputs[i])) for i in ids] == [90, 50, 20]
+
+
+@pytest.mark.parametrize("settings", [{"stop_token_ids": [7]}, {"max_tokens": 20}, {}], ids=str)
+def test_who_is_gone_takes_nothing_along(settings, ahead):
+    """Tokens for a text that ended, or was aborted, while more of it were in flight; its blocks."""
+    prompts, texts = golden(MODEL)
+    end = texts[0][9]                              # the flight goes on behind this token
+    settings = {"stop_token_ids": [end]} if "stop_token_ids" in settings else settings
+    llm = ahead(MODEL)
+    ids = [llm.engine.add_request(prompt, greedy_params(**one)) for prompt, one in
+           zip(prompts[:3], (settings, {"max_tokens": 60}, {"max_tokens": 60}), strict=True)]
+    outputs = {}
+    for _ in range(2):
+        outputs |= {output.request_id: output for output in llm.engine.step()}
+    if not settings:
+        llm.engine.abort(ids[0])
+    assert llm.engine.flight, "nothing is in flight: this tests nothing"
+    outputs |= run_checked(llm.engine)
+    alone = serve(ahead(MODEL), [(prompt, greedy_params(60)) for prompt in prompts[1:3]])
+    assert [token_ids(outputs[i]) for i in ids[1:]] == [token_ids(output) for output in alone]
+    if settings:
+        want = texts[0][:20] if "max_tokens" in settings else texts[0][:texts[0].index(end) + 1]
+        assert token_ids(outputs[ids[0]]) == want
+    assert_nothing_left(llm)
+
+
+def test_all_have_gone_and_something_still_flies(ahead):
+    """What flies for nobody is read, waited for, or counted, when the next request comes."""
+    prompts, texts = golden(MODEL)
+    for end in ("stop", "abort"):
+        llm = ahead(MODEL)
+        params = greedy_params(max_tokens=60, stop_token_ids=[texts[0][3]] * (end == "stop"))
+        request_id = llm.engine.add_request(prompts[0], params)
+        for _ in range(2):
+            llm.engine.step()
+        assert llm.engine.flight and llm.engine.abort(request_id) == (end == "abort")
+        steps = llm.stats()["steps"]
+        newcomer = llm.engine.add_request(prompts[1], greedy_params())
+        outputs = [output for output in llm.engine.step()]
+        assert [output.request_id for output in outputs] == [newcomer], end
+        assert llm.stats()["steps"] == steps + 1
+        assert token_ids(run_checked(llm.engine)[newcomer]) == texts[1]
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 9, 40])
+@pytest.mark.parametrize("owner, name", [
+    (StandIn if not GPU else kernels.DecodeGraphs, "run_ahead"), (Engine, "_launch"),
+    (Engine, "_land"), (Engine, "_append_token"), (BlockPool, "append"), (BlockPool, "publish"),
+    (kernels, "upload"), (nanopaged, "sampling_options")])
+def test_an_interrupted_flight_is_flown_again(owner, name, at, ahead, monkeypatch):
+    """Ctrl-C while something flies: tokens that are taken twice, or never; blocks that are lost."""
+    prompts, texts = golden(MODEL)
+    llm, outputs = ahead(MODEL, block_size=4), {}
+    ids = [llm.engine.add_request(prompt, greedy_params()) for prompt in prompts]
+    outputs |= {output.request_id: output for output in llm.engine.step()}     # the prompts
+    with monkeypatch.context() as patch:
+        interrupt = Interrupt(getattr(owner, name), at)
+        patch.setattr(owner, name, lambda *args, **kwargs: interrupt(*args, **kwargs))
+        with contextlib.suppress(KeyboardInterrupt):
+            outputs |= run_checked(llm.engine, max_steps=at)
+    assert interrupt.calls_left <= 0 or at > 2, "it was not called so often"
+    outputs |= run_checked(llm.engine)
+    assert [token_ids(outputs[i]) for i in ids] == texts
+    assert_nothing_left(llm)
+
+
 def random_requests(rng, num_requests, num_tokens):
     """Requests of all kinds -> [(prompt, params), ...]; no prompt and output over num_tokens."""
     requests = []
@@ -188,7 +296,7 @@ def run_random(llm, requests, seed):
         for output in engine.step(only_finished=True):
             outputs[ids[output.request_id]] = [(c.token_ids, c.finish_reason)
                                                for c in output.outputs]
-        check(engine.scheduler)
+        check(engine.scheduler, engine.flight)
     assert_nothing_left(llm)
     return {index: texts for index, texts in outputs.items() if index not in aborted}
 
@@ -262,8 +370,8 @@ def test_a_compiled_draw_is_the_plain_one():
         for i in range(num_rows):
             llm.engine.add_request([1], SamplingParams(seed=i, temperature=i % 3 / 2))
         seqs = [group.seqs[0] for group in llm.engine.scheduler.waiting]
-        want = kernels.draw_reference(logits, *sampling_options(seqs, 1, "cpu"))
-        options = sampling_options(seqs, 1, "cuda")
+        want = kernels.draw_reference(logits, *sampling_options(seqs, "cpu"))
+        options = sampling_options(seqs, "cuda")
         for function in (draw, kernels.draw_reference):
             tokens, logprobs = function(logits.cuda(), *options)
             assert (tokens.cpu() == want[0]).float().mean() > 0.99      # near ties may round over

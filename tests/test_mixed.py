@@ -127,7 +127,7 @@ def add_and_abort(llm, rng, num_requests):
             request_id = rng.choice(list(live))
             if llm.engine.abort(request_id):
                 aborted.add(request_id)
-        check(llm.engine.scheduler)
+        check(llm.engine.scheduler, llm.engine.flight)
     return come_and_go, to_come, live, aborted
 
 

@@ -356,7 +356,7 @@ def long_llm(tmp_path):
     def make(**settings):
         torch.manual_seed(0)
         return LLM(str(tmp_path), load_format="dummy", skip_tokenizer_init=True, num_blocks=2000,
-                   dtype="float32", **settings)
+                   dtype="float32", enforce_eager=True, **settings)
     return make
 
 
@@ -475,7 +475,7 @@ def test_abort_of_a_swapped_request():
             llm.engine.step()
         for group in swapped_groups(llm.engine):
             assert llm.engine.abort(group.request_id)
-            check(llm.engine.scheduler)
+            check(llm.engine.scheduler, llm.engine.flight)
         outputs = run_checked(llm.engine)
         assert all_token_ids(outputs[ids[0]]) == expected
         assert_nothing_left(llm)

@@ -111,7 +111,7 @@ LABS = {
     11: Lab("11_never_wait", "nanopaged",
             "--device cpu --block-size 4 --num-blocks 64 --max-tokens 24", [
         Task("Engine._steps_ahead", 4, "how far the device may run ahead"),
-        Task("Engine._run_ahead", 6, "let it, and take its tokens"),
+        Task("Engine._launch Engine._land", 6, "let it fly, and take its tokens"),
     ], inherited=("Engine",), graphs=True),
 }
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))                      # so that it runs from any folder
 
 # torch by way of nanopaged, which keeps it from warning that numpy is absent
-from nanopaged import F, Tokenizer, load_config, load_model, torch  # noqa: E402
+from nanopaged import Tokenizer, load_config, load_model, nn, torch  # noqa: E402
 
 PROMPT, NUM_TOKENS = "Four score and seven years ago our", 48
 
@@ -84,14 +84,14 @@ def forward(model, token_ids, cache):
     heads = c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads
     positions = torch.arange(cache.num_kv, cache.num_kv + len(token_ids))
     angle = positions[:, None, None] * model.frequencies               # (T, 1, D/2)
-    x = F.embedding(torch.tensor(token_ids), model.embed_tokens.weight)            # (T, E)
+    x = nn.functional.embedding(torch.tensor(token_ids), model.embed_tokens.weight)     # (T, E)
     for number, layer in enumerate(model.layers):
         qkv = layer.qkv(layer.attn_norm(x)).unflatten(1, (-1, c.head_dim))     # (T, H+2K, D)
         q, k, v = qkv.split(heads, dim=1)
         k, v = cache.append(number, rotate(k, angle), v)               # (C, K, D): T became C
         x = x + layer.o(attend(rotate(q, angle), k, v).flatten(1))
         gate, up = layer.up(layer.mlp_norm(x)).chunk(2, dim=-1)
-        x = x + layer.down(F.silu(gate) * up)
+        x = x + layer.down(nn.functional.silu(gate) * up)
     cache.num_kv += len(token_ids)
     return model.lm_head(model.norm(x[-1]))
 

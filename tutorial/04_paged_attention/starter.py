@@ -10,13 +10,13 @@ All else is the engine's own code: tutorial/labs.py cut it out of kernels.py.
 """
 
 import functools  # noqa: F401
-import itertools  # noqa: F401
+from itertools import accumulate, zip_longest  # noqa: F401
 from types import SimpleNamespace  # noqa: F401
 
 import torch  # noqa: F401
 import torch.nn.functional as F  # noqa: F401
 
-from kernels import MAX_QUERY_RUN, paged_attention, write_kv, write_kv_reference  # noqa: F401
+from kernels import MAX_QUERY_RUN, paged_attention, upload, write_kv, write_kv_reference  # noqa: F401
 
 
 def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, query_start, *,

@@ -57,6 +57,9 @@ def test_task_1(mine):
            "parent's [1, 2, 3, 4, 5]")
     expect(child.num_prompt_tokens == 3, f"the child's num_prompt_tokens is "
            f"{child.num_prompt_tokens}: what was generated has become prompt, 3 is right")
+    expect(child.max_num_tokens == parent.max_num_tokens, "the child's max_num_tokens is "
+           f"{child.max_num_tokens}: it may become as long as its parent, "
+           f"{parent.max_num_tokens} tokens, and no longer")
     expect(child.block_table == [] and child.num_kv == 0, f"the child's table is "
            f"{child.block_table} and its num_kv {child.num_kv}: [] and 0, as it holds no block "
            "before BlockPool.fork() has counted it as a reader")

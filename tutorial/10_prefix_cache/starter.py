@@ -80,7 +80,8 @@ class BlockPool:
         taken = [self._take() for _ in range(needed)]
         written = seq.block_table[seq.num_kv // self.block_size:]
         if written and self.ref_count[written[0]] > 1:
-            shared = seq.block_table.pop()         # the last; the others go on reading it
+            # It is the last: whoever runs ahead, and has more blocks, is not forked.
+            shared = seq.block_table.pop()         # the others go on reading it
             self.ref_count[shared] -= 1
             self.copies.append((shared, taken[0]))
         self.hold(seq, taken, seq.num_kv)

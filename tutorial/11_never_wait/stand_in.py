@@ -55,11 +55,12 @@ class StandIn(kernels.DecodeGraphs):
 
     def __init__(self, engine):
         self.model, self.draw = engine.model, kernels.draw_reference
+        self.block_size = engine.pool.block_size
         self.num_replays = self.num_ahead = 0      # replays; tokens that were drawn ahead
         replays = {size: Replay(self, engine, size) for size in (2, 3, 4, 6, 8, 12, 16)}
         self.graphs = {size: (one, one.memory, one.logits) for size, one in replays.items()}
 
-    def run_ahead(self, batch, cut, keys, *options):
-        self.num_ahead += keys.numel()
+    def run_ahead(self, rows, sources, num_steps, *options):
+        self.num_ahead += num_steps * len(rows)
         with mock.patch.object(torch.cuda, "current_stream", Landed):
-            return [*super().run_ahead(batch, cut, keys, *options)]
+            return super().run_ahead(rows, sources, num_steps, *options)

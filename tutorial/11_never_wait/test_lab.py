@@ -3,14 +3,14 @@
     python tutorial/grade.py --lab 11
     python -m pytest tutorial/11_never_wait/test_lab.py -k task_1
 
-There is no model: a device that is played here looks at the batch that it gets, and draws tokens
-from a list. Blocks have 4 slots.
+There is no model: a device that is played here looks at the rows that it gets, and makes tokens up.
+Blocks have 4 slots. Texts are a, b, c, ... in the order of their requests.
 """
 
-import types
+from types import GeneratorType, SimpleNamespace
 
 import torch
-from labs import doing, expect, task
+from labs import Wrong, doing, expect, task
 from pool_checks import check_books
 from scheduler_checks import make_scheduler
 
@@ -33,8 +33,8 @@ def make_engine(mine, num_blocks=64, graphs=True):
 def add(engine, num_prompt, num_generated, num_kv=None, params=None, num_texts=1):
     """A request that runs: of its tokens all but the last are in the cache, or `num_kv`."""
     params = params or SamplingParams(max_tokens=200, n=num_texts)
-    params.stop_token_ids, params.seed = {END}, 0
     number = len(engine.scheduler.running)
+    params.stop_token_ids, params.seed = {END}, 10 * number
     seq = Sequence(range(1000 * number, 1000 * number + num_prompt), params)
     seq.token_ids += range(1000 * number + 500, 1000 * number + 500 + num_generated)
     num_kv = seq.num_tokens - 1 if num_kv is None else num_kv
@@ -42,8 +42,9 @@ def add(engine, num_prompt, num_generated, num_kv=None, params=None, num_texts=1
     engine.pool.publish(seq, num_kv)
     seq.num_kv = num_kv
     group = SequenceGroup(number, None, [seq])
-    for _ in range(1, num_texts):
+    for i in range(1, num_texts):
         child = seq.fork()
+        child.seed += i
         engine.pool.fork(seq, child)
         group.seqs.append(child)
     engine.scheduler.running.append(group)
@@ -53,13 +54,14 @@ def add(engine, num_prompt, num_generated, num_kv=None, params=None, num_texts=1
 # ---- task 1 --------------------------------------------------------------------------------------
 
 
-def check_steps(engine, seqs, what, ours, most=16, why="a newcomer waits until all are done"):
+def check_steps(engine, seqs, what, ours, most=16, why="a newcomer waits until all are done",
+                in_flight=0):
     """_steps_ahead() must be at most `most`, and at least half of what the engine does, `ours`."""
     with doing(what):
-        num = engine._steps_ahead(seqs)
-    expect(type(num) is int and num > 0, f"{what}: the result must be a number of steps, it is "
-           f"{num!r}")
-    expect(num <= most, f"{what}: the result is {num}, it must be {'at most ' * (most > 1)}{most}: "
+        num = engine._steps_ahead(seqs, in_flight)
+    expect(type(num) is int and num >= 0, f"{what}: the result must be a number of steps, or 0; it "
+           f"is {num!r}")
+    expect(num <= most, f"{what}: the result is {num}, it must be {'at most ' * (most > 0)}{most}: "
            f"{why}")
     expect(2 * num >= ours, f"{what}: the result is {num}, and {ours} would fit")
 
@@ -83,9 +85,9 @@ def test_task_1(mine):
              "logits, and the host does that", {}, {"repetition_penalty": 1.2})):
         engine = make_engine(mine, **options)
         seqs = add(engine, 7, 1) + add(engine, 3, 5, params=SamplingParams(**params))
-        check_steps(engine, seqs, what, 1, 1, why)
+        check_steps(engine, seqs, what, 0, 0, why)
     engine = make_engine(mine)
-    check_steps(engine, add(engine, 7, 1, params=BeamSearchParams()), "beam search", 1, 1,
+    check_steps(engine, add(engine, 7, 1, params=BeamSearchParams()), "beam search", 0, 0,
                 "the host chooses the beams")
     for num_prompt, num_generated, num_kv, what in (
             (9, 0, 0, "one computes its prompt"),
@@ -94,33 +96,46 @@ def test_task_1(mine):
             (9, 6, 11, "one was preempted, and has its prompt again, but lacks 4 tokens")):
         engine = make_engine(mine)
         seqs = add(engine, 7, 1) + add(engine, num_prompt, num_generated, num_kv)
-        check_steps(engine, seqs, f"of two texts {what}", 1, 1, "a graph has one token for each "
+        check_steps(engine, seqs, f"of two texts {what}", 0, 0, "a graph has one token for each "
                     "sequence" + (", and behind a prompt n texts are forked"
                                   if num_kv == 8 and not num_generated else ""))
     check_wanted(mine)
     check_limits(mine)
+    check_steps(make_engine(mine), [], "nobody is left who could fly", 0, 0, "there is nothing to "
+                "draw")
+
+
+def take_off(engine, seqs, num):
+    """`num` tokens of each are in flight: they have blocks, and num_kv does not count them."""
+    for seq in seqs if num else ():
+        engine.pool.append(seq, num)
+    return f"{num} tokens of each are in flight, and " if num else ""
 
 
 def check_wanted(mine):
-    """Fewer than twice what the text still wants that wants most."""
-    for wanted, ours in (((1, 1), 1), ((2, 1), 2), ((1, 5), 8), ((8, 8), 8), ((9, 2), 16),
-                         ((1, 100), 16)):
-        engine, most = make_engine(mine), max(wanted)
+    """Fewer than twice what the text still wants that wants most, beside what is in flight."""
+    for wanted, in_flight, ours in (
+            ((1, 1), 0, 0), ((2, 1), 0, 2), ((1, 5), 0, 8), ((8, 8), 0, 8), ((9, 2), 0, 16),
+            ((1, 100), 0, 16), ((5, 5), 4, 0), ((8, 6), 4, 4), ((18, 17), 16, 2), ((9, 25), 8, 16)):
+        engine, most = make_engine(mine), max(wanted) - in_flight
         seqs = [seq for left in wanted
                 for seq in add(engine, 6, 20, params=SamplingParams(max_tokens=20 + left))]
-        check_steps(engine, seqs, f"of two texts one wants {wanted[0]} more, the other {wanted[1]} "
-                    "more", ours, min(16, 2 * most - 1), f"twice {most} or more, and half of the "
-                    "steps or more are for nobody")
+        what = take_off(engine, seqs, in_flight)
+        check_steps(engine, seqs, f"{what or 'of two texts '}one wants {wanted[0]} more, the other "
+                    f"{wanted[1]} more", ours, min(16, 2 * most - 1), f"twice {most} or more, and "
+                    "half of the steps or more are for nobody", in_flight)
 
 
 def check_limits(mine):
     """There must be places in the model, and blocks for all tokens."""
-    for num_generated, ours in ((232, 16), (240, 8), (241, 8), (246, 2)):
+    for num_generated, in_flight, ours in ((232, 0, 16), (240, 0, 8), (241, 0, 8), (246, 0, 2),
+                                           (224, 16, 8), (226, 16, 4)):
         engine, params = make_engine(mine, 128), {"max_tokens": LONGEST - 8}
         seqs = add(engine, 8, 1) + add(engine, 8, num_generated, params=SamplingParams(**params))
-        left = LONGEST - seqs[1].num_kv
-        check_steps(engine, seqs, f"a text has {8 + num_generated} of {LONGEST} tokens", ours,
-                    min(16, left), f"the model has places for the K and V of {left} more")
+        what, left = take_off(engine, seqs, in_flight), LONGEST - seqs[1].num_kv - in_flight
+        check_steps(engine, seqs, f"{what}a text has {8 + num_generated} of {LONGEST} tokens", ours,
+                    min(16, left), f"the model has places for the K and V of {left} more",
+                    in_flight)
     # a has 8 tokens in 2 blocks, and b and its sibling 9 in 3 that they share: 16 more are 4 blocks
     # for each, and one of b's two copies its last
     for num_free, ours in ((13, 16), (12, 8), (4, 4)):
@@ -129,121 +144,298 @@ def check_limits(mine):
         check_blocks(engine, seqs, ours)
     engine = make_engine(mine, 6)
     check_blocks(engine, add(engine, 7, 2) + add(engine, 7, 2), 4)   # one more block for each
+    for num_free, ours in ((8, 16), (7, 8), (1, 0)):   # 8 tokens and 4 in flight: 3 blocks for each
+        engine = make_engine(mine, 6 + num_free)
+        check_blocks(engine, add(engine, 7, 2) + add(engine, 7, 2), ours, 4)
 
 
-def check_blocks(engine, seqs, ours):
-    pool = engine.pool
-    needed = [pool.num_needed([(seq, num) for seq in seqs]) for num in range(18)]
+def check_blocks(engine, seqs, ours, in_flight=0):
+    pool, what = engine.pool, take_off(engine, seqs, in_flight)
+    needed = [pool.num_needed([(seq, in_flight + num) for seq in seqs]) for num in range(18)]
     most = max(num for num in range(17) if needed[num] <= pool.num_free)
-    check_steps(engine, seqs, f"{len(seqs)} texts decode, and {pool.num_free} blocks are free",
-                ours, most, f"for {most + 1} tokens of each {needed[most + 1]} blocks are "
-                "needed, copies included")
+    check_steps(engine, seqs, f"{what}{len(seqs)} texts decode, and {pool.num_free} blocks are "
+                "free", ours, most, f"for {most + 1} tokens of each {needed[most + 1]} blocks are "
+                f"needed, {'behind those in flight' if in_flight else 'copies included'}",
+                in_flight)
 
 
 # ---- task 2 --------------------------------------------------------------------------------------
 
 
+class Landing:
+    """The tokens of a flight, and the event behind it: they are there once somebody has waited."""
+
+    def __init__(self, tokens):
+        self.tokens, self.waited = tokens, False   # a list of a row's tokens for each step
+        self.steps = [torch.full((2, len(row) + 3), -1.0, dtype=torch.float64) for row in tokens]
+
+    def synchronize(self):
+        self.waited = True
+        for i, (step, row) in enumerate(zip(self.steps, self.tokens, strict=True)):
+            step.zero_()                           # padding is behind the rows
+            step[0, :len(row)] = torch.tensor(row, dtype=torch.float64)
+            step[1, :len(row)] = -0.5 - i
+
+
 class Device:
-    """Plays run_ahead() of DecodeGraphs: checks what it is given, then hands out tokens."""
+    """Plays run_ahead() of DecodeGraphs: looks at what it is given, then makes tokens up.
 
-    def __init__(self, engine, seqs, tokens):
-        self.engine, self.seqs, self.tokens, self.calls = engine, seqs, tokens, 0
-        self.known = [[*seq.token_ids] for seq in seqs]
-        self.options = nanopaged.sampling_options(seqs, len(tokens), torch.device("cpu"))
+    draws: {sequence: its tokens}. call: what the launch should be like, see launch().
+    """
 
-    def run_ahead(self, batch, cut, keys, *options):
-        self.calls += 1
-        pool, num_steps = self.engine.pool, len(self.tokens)
-        expect(keys.shape == (len(self.seqs), num_steps), f"the keys have shape {[*keys.shape]}; "
-               f"{len(self.seqs)} sequences and {num_steps} steps need sampling_options() of these")
-        expect(torch.equal(keys, self.options[1]), "the keys are not those of the next tokens' "
-               "positions")
-        expect(batch.input_ids.tolist() == [known[-1] for known in self.known], "the batch must "
-               "have the last token of each sequence: [(seq, 1), ...]")
+    def __init__(self, engine, draws):
+        self.engine, self.draws, self.call = engine, draws, None
+
+    def run_ahead(self, rows, sources, num_steps, cut, seeds, positions, *options):
+        call, pool = self.call, self.engine.pool
+        expect(call.landing is None, "graphs.run_ahead() was called twice, it must be once")
+        expect(num_steps == call.num_steps, f"run_ahead() is told {num_steps} steps, and "
+               f"_steps_ahead() said {call.num_steps}")
+        by_seed, seeds = {seq.seed: seq for seq in self.draws}, seeds.flatten().tolist()
+        seqs = [by_seed[seed] for seed in seeds]
+        expect(len(rows) == len(seqs), f"there are {len(rows)} rows, and sampling_options() of "
+               f"{len(seqs)} sequences: both must be of those that fly")
+        call.check_who(seqs, "has a row")
         expect(not pool.copies, "blocks are still to be copied, and the device computes already: "
                "_move_blocks() comes first")
-        for seq, table in zip(self.seqs, batch.block_tables.tolist(), strict=True):
-            needed = -(-(seq.num_kv + num_steps) // 4)
-            expect(len(seq.block_table) >= needed, f"{seq.num_kv} tokens are cached and "
-                   f"{num_steps} steps follow, but the table has {len(seq.block_table)} blocks: "
-                   f"append room for all steps first, {needed} blocks")
-            expect(table[:needed] == seq.block_table[:needed], "the batch has other tables than "
-                   "the sequences: make it when blocks have been appended")
-            written = seq.block_table[seq.num_kv // 4:needed]
-            expect(all(pool.ref_count[block_id] == 1 for block_id in written), "a block is written "
-                   "that another sequence reads")
-        return self.flights()
+        for seq, row in zip(seqs, rows, strict=True):
+            self.check_row(call, seq, *row)
+        self.check_sources(call, seqs, sources)
+        call.seqs, call.drawn = seqs, {seq: [] for seq in seqs}
+        for _ in range(num_steps):
+            for seq in seqs:
+                call.drawn[seq].append(self.draws[seq].pop(0))
+        call.landing = Landing([*zip(*call.drawn.values(), strict=True)])
+        return call.landing.steps, call.landing
 
-    def flights(self):
-        for i, tokens in enumerate(self.tokens):
-            padding = [0.0] * 3
-            yield [[*map(float, tokens), *padding], [-0.5 - i] * len(tokens) + padding]
+    def check_row(self, call, seq, token_ids, first, table, is_wanted):
+        name, pool, in_flight = call.names[seq], self.engine.pool, call.in_flight
+        expect(len(token_ids) == 1 and is_wanted, f"a row must be ([token], position, table, True),"
+               f" and {name}'s has {len(token_ids)} tokens")
+        expect(in_flight or [*token_ids] == seq.token_ids[-1:], f"{name}'s row must have the last "
+               f"token that is known of its text, [{seq.token_ids[-1]}], it has {token_ids}")
+        expect(first == seq.num_kv + in_flight, f"{name}'s row begins at position {first}, it must "
+               f"be {seq.num_kv + in_flight}: {seq.num_kv} tokens are cached, and {in_flight} in "
+               "flight")
+        needed = -(-(seq.num_kv + in_flight + call.num_steps) // 4)
+        expect(len(seq.block_table) >= needed, f"{seq.num_kv} tokens are cached, {in_flight} are "
+               f"in flight and {call.num_steps} steps follow, but the table has "
+               f"{len(seq.block_table)} blocks: append room for all of them first, {needed} blocks")
+        expect(table[:needed] == seq.block_table[:needed], "a row has another table than its "
+               "sequence: make it when blocks have been appended")
+        written = seq.block_table[seq.num_kv // 4:needed]
+        expect(all(pool.ref_count[block_id] == 1 for block_id in written), "a block is written "
+               "that another sequence reads")
+
+    def check_sources(self, call, seqs, sources):
+        if not call.in_flight:
+            return expect(sources is None, f"behind nobody sources must be None, they are "
+                          f"{sources}: the rows have the last tokens")
+        want = [call.before.index(seq) for seq in seqs]
+        expect(sources is not None, "sources are None behind a flight: the tokens to go on from "
+               "are known to the device only")
+        expect([*sources] == want, f"sources are {[*sources]}, they must be {want}: each row's "
+               "number in the flight before")
 
 
-def run(mine, seqs_of, tokens, what):
-    """Let a learner's engine run ahead -> (engine, sequences, groups that it returned)."""
+def launch(engine, seqs, in_flight, num_steps, what, left_out=None):
+    """Let a learner's engine launch a flight -> (the flight or None, what it should be like).
+
+    num_steps: what _steps_ahead() says. left_out: {sequence: why it must have no row}.
+    """
+    left_out = left_out or {}
+    going = [seq for seq in seqs if seq not in left_out]
+    call = SimpleNamespace(
+        in_flight=in_flight, num_steps=num_steps if going else 0, before=[*seqs], landing=None,
+        seqs=[], drawn={}, names=dict(zip(engine.graphs.draws, "abcd", strict=False)))
+
+    def check_who(asked, has):
+        for seq in asked:
+            expect(seq not in left_out, f"{call.names[seq]} {has}, but it {left_out.get(seq)}")
+        lost = " and ".join(call.names[seq] for seq in going if seq not in asked)
+        expect(not lost, f"{lost} could fly, and is left out: only who has ended, was aborted or "
+               "will have all its tokens then must be")
+
+    def steps_ahead(asked, in_flight=0):
+        check_who(asked, "is among those that _steps_ahead() is asked about")
+        expect(in_flight == call.in_flight, f"_steps_ahead() is told that {in_flight} tokens are "
+               f"in flight, and {call.in_flight} are")
+        return call.num_steps
+
+    call.check_who, engine.graphs.call, engine._steps_ahead = check_who, call, steps_ahead
+    before = {seq: (seq.num_kv, seq.num_tokens, [*seq.block_table]) for seq in call.names}
+    with doing(what):
+        try:
+            flight = engine._launch(seqs, in_flight) if in_flight else engine._launch(seqs)
+        except Wrong as wrong:
+            raise Wrong(f"{what}: {wrong}") from None
+    for seq, (num_kv, num_tokens, table) in before.items():
+        expect((seq.num_kv, seq.num_tokens) == (num_kv, num_tokens), f"{what}: _launch() changes "
+               "num_kv, or the text: they count what has landed")
+        expect(seq in call.seqs or seq.block_table == table, f"{what}: {call.names[seq]} does not "
+               "fly, and gets blocks")
+    if not call.num_steps:
+        what += ", and _steps_ahead() says 0" if going else ", for which nobody is left"
+        expect(flight is None and call.landing is None, f"{what}: nothing is launched then, and "
+               "_launch() must return None")
+    return flight, call
+
+
+def check_launched(flight, call, what):
+    """A flight is what step() hands to _launch() and _land()."""
+    expect(call.landing is not None, f"{what}: graphs.run_ahead() was not called")
+    ok = isinstance(flight, tuple | list) and len(flight) == 4
+    expect(ok and [*flight[0]] == call.seqs and flight[1] == call.num_steps
+           and [*flight[2:]] == [call.landing.steps, call.landing],
+           f"{what}: _launch() must return the sequences that fly, the number of steps, and the "
+           "two results of run_ahead()")
+    expect(not call.landing.waited, f"{what}: _launch() waits for its own flight: that is "
+           "_land()'s part, as the host has other things to do until then")
+
+
+def land(engine, flight, call, what):
+    """Let a learner's engine land a flight, and look at all that the landing changes."""
+    known = {seq: [*seq.token_ids] for seq in call.seqs}
+    sums, counts = {seq: seq.cumulative_logprob for seq in call.seqs}, dict(engine.counts)
+    out = [seq for seq in call.seqs if not seq.block_table or seq.finish_reason]
+    with doing(what):
+        moved = engine._land(*flight)
+        moved = [*moved] if isinstance(moved, list | tuple | GeneratorType) else moved
+    expect(call.landing.waited, f"{what}: the tokens are read before they are there: "
+           "landed.synchronize() comes first")
+    kept_in_all = 0
+    for seq in call.seqs:
+        name, found = call.names[seq], seq.token_ids[len(known[seq]):]
+        if seq in out:
+            expect(not found, f"{what}: {name} was aborted or has ended, and its blocks are gone, "
+                   f"but it gets {found}")
+            expect(not seq.num_kv, f"{what}: {name} has no blocks, and num_kv is {seq.num_kv}")
+            continue
+        most = seq.max_num_tokens - len(known[seq])
+        kept = call.drawn[seq][:most]
+        kept = kept[:kept.index(END) + 1] if END in kept else kept
+        kept_in_all += len(kept)
+        check_text(engine, seq, found, kept, sums[seq], f"{what}: text {name}")
+    check_counts(engine, call, counts, kept_in_all, what)
+    groups = engine.scheduler.running
+    expect(isinstance(moved, list) and len(moved) == len(groups) and {*moved} == {*groups},
+           f"{what}: the result must be the {len(groups)} groups that got tokens, each once")
+
+
+def check_text(engine, seq, found, kept, total, what):
+    """One text of a flight that has landed: its tokens, its sum, its end, or its blocks."""
+    expect(-1 not in found, f"{what}: its tokens are read before they are there: "
+           "landed.synchronize() comes first")
+    expect(found[:len(kept)] != kept or len(found) == len(kept), f"{what} has {found} behind what "
+           f"was known, it ends with {kept[-1]}: what is drawn behind the end is dropped")
+    expect(found == kept, f"{what} goes on with {found}, the device drew {kept}")
+    expect(all(type(token_id) is int for token_id in found), f"{what}: a token is a float: the "
+           "device hands out tokens and log-probabilities in one tensor")
+    total += sum(-0.5 - i for i in range(len(kept)))
+    expect(abs(seq.cumulative_logprob - total) < 1e-6, f"{what}: its log-probability is "
+           f"{seq.cumulative_logprob}, it must be {total}")
+    ended = seq.num_tokens == seq.max_num_tokens or kept[-1] == END
+    expect(bool(seq.finish_reason) == ended, f"{what}: finish_reason is {seq.finish_reason}")
+    if not ended:
+        expect(seq.num_kv == seq.num_tokens - 1, f"{what}: it knows {seq.num_tokens} tokens and "
+               f"num_kv is {seq.num_kv}: all but the last have K and V now")
+        heir = Sequence([*seq.token_ids, 1], seq.params, seq.cache_salt)
+        num, most = len(engine.pool.find_prefix(heir)), seq.num_kv // 4
+        expect(num == most, f"{what}: {most} of its blocks are full, and the prefix cache finds "
+               f"{num}: publish() each token before num_kv counts it")
+
+
+def check_counts(engine, call, before, kept_in_all, what):
+    """What the report of --verbose is made of."""
+    generated, computed, steps = (engine.counts[name] - before.get(name, 0) for name in (
+        "generated_tokens", "computed_tokens", "steps"))
+    expect(generated == kept_in_all, f"{what}: generated_tokens rises by {generated}, the texts "
+           f"grew by {kept_in_all}")
+    want = call.num_steps, call.num_steps * len(call.seqs)
+    expect((steps, computed) == want, f"{what}: {steps} steps and {computed} computed tokens are "
+           f"counted, it must be {want[0]} and {want[1]}: _count() takes the tokens of all steps, "
+           "dropped ones too, and the number of steps")
+
+
+def fly(mine, seqs_of, nums, what, ends=(), aborted=None):
+    """What step() does while nobody comes: launch, launch the next, land the first, and so on.
+
+    seqs_of(engine) -> sequences. nums: steps of each flight. ends: {number of a text: which of its
+    draws is END}. aborted: the request that is aborted when the first flight has landed.
+    """
     engine = make_engine(mine)
     seqs = seqs_of(engine)
-    device = engine.graphs = Device(engine, seqs, tokens)
-    with doing(what):
-        moved = engine._run_ahead(seqs, len(tokens))
-        moved = [*moved] if isinstance(moved, list | tuple | types.GeneratorType) else moved
-    expect(device.calls == 1, f"{what}: graphs.run_ahead() was called {device.calls} times, it "
-           "must be once")
-    return engine, seqs, device, moved
+    draws = {seq: [100 * (i + 1) + k for k in range(sum(nums))] for i, seq in enumerate(seqs)}
+    for i, k in dict(ends).items():
+        draws[seqs[i]][k] = END
+    engine.graphs, gone = Device(engine, draws), {}
+    flight, call = launch(engine, seqs, 0, nums[0], f"{what}, flight 1")
+    for number, num_steps in enumerate([*nums[1:], 0], 2):
+        when = f"{what}, flight {number - 1}"
+        check_launched(flight, call, when)
+        left_out = {seq: gone.get(seq, "will have all its tokens then") for seq in call.seqs
+                    if seq in gone or seq.num_tokens + call.num_steps >= seq.max_num_tokens}
+        following, next_call = launch(engine, flight[0], call.num_steps, num_steps,
+                                      f"{what}, flight {number}", left_out)
+        land(engine, flight, call, when)
+        for group in [*engine.scheduler.running]:
+            if number == 2 and group.request_id == aborted:
+                gone |= dict.fromkeys(group.seqs, "was aborted, and has no blocks")
+                engine.abort(aborted)
+                continue
+            ended = [seq for seq in group.seqs if seq.finish_reason]
+            gone |= dict.fromkeys(ended, "has ended, and has no blocks")
+            engine.pool.free(*ended)
+            if not group.unfinished():
+                engine.scheduler.finish(group)
+        check_books(engine.pool, seqs, when)
+        flight, call = following, next_call
+    engine.pool.free(*seqs)
+    check_books(engine.pool, [], f"{what}, then all are freed")
 
 
 @task(11, 2)
 def test_task_2(mine):
-    """_run_ahead(): blocks first, then one call, then each token as if it came by itself."""
-    what = "texts of 8 and 10 tokens run 6 steps ahead"
-    rows = [[10 + i, 20 + i] for i in range(6)]
-    check(mine, lambda engine: add(engine, 7, 1) + add(engine, 7, 3), rows, what)
-    check(mine, lambda engine: add(engine, 7, 1) + add(engine, 7, 3),
-          [[10, 20], [11, END], [12, 30], [13, 31], [14, END]],
-          "5 steps ahead, in the second of which a text ends")
-    check(mine, lambda engine: add(engine, 7, 1, params=SamplingParams(max_tokens=3))
-          + add(engine, 6, 2), [[10, 20], [11, 21], [12, 22], [13, 23]],
-          "4 steps ahead, of which a text needs 2 to reach max_tokens")
-    check(mine, lambda engine: add(engine, 6, 4, num_texts=2) + add(engine, 5, 1),
-          [[10 + i, 20 + i, 30 + i] for i in range(4)],
-          "4 steps ahead for two texts that share their last block, and a third")
+    """_launch(), _land(): blocks first, then one call; later each token as if it came by itself."""
+    def two(engine):
+        return add(engine, 7, 1) + add(engine, 7, 3)
+
+    def three(engine):
+        return add(engine, 7, 1) + add(engine, 7, 3) + add(engine, 5, 2)
+
+    fly(mine, two, [6], "texts of 8 and 10 tokens fly 6 steps")
+    fly(mine, two, [5], "5 steps, in the second of which b ends", {1: 1})
+    fly(mine, lambda engine: add(engine, 7, 1, params=SamplingParams(max_tokens=3))
+        + add(engine, 6, 2), [4], "4 steps, of which a needs 2 to reach max_tokens")
+    fly(mine, lambda engine: add(engine, 6, 4, num_texts=2) + add(engine, 5, 1), [4, 2],
+        "two texts that share their last block, and a third, in flights of 4 and 2")
+    check_nobody_flies(mine, two)
+    fly(mine, two, [4, 8, 2], "flights of 4, 8 and 2 steps")
+    fly(mine, lambda engine: add(engine, 7, 1) + add(engine, 7, 1, params=SamplingParams(
+        max_tokens=5)) + add(engine, 5, 2, params=SamplingParams(max_tokens=7)), [4, 4],
+        "b wants 4 tokens, c 5, and 4 are in flight")
+    fly(mine, three, [4, 4, 2], "b ends in the first of three flights", {1: 2})
+    fly(mine, three, [4, 4, 2], "b is aborted while the second of three flights is in the air",
+        aborted=1)
 
 
-def check(mine, seqs_of, rows, what):
-    """Tokens, num_kv, sums, blocks and counters after one run."""
-    engine, seqs, device, moved = run(mine, seqs_of, rows, what)
-    kept_in_all = 0
-    for row, (seq, known) in enumerate(zip(seqs, device.known, strict=True)):
-        most = seq.num_prompt_tokens + seq.params.max_tokens - len(known)
-        kept = [tokens[row] for tokens in rows][:most]
-        kept = kept[:kept.index(END) + 1] if END in kept else kept
-        kept_in_all += len(kept)
-        found = seq.token_ids[len(known):]
-        expect(found[:len(kept)] != kept or len(found) == len(kept), f"{what}: a text has {found} "
-               f"behind what was known, it ends with {kept[-1]}: what is drawn behind the end is "
-               "dropped")
-        expect(found == kept, f"{what}: a text goes on with {found}, the device drew {kept}")
-        expect(all(type(token_id) is int for token_id in found), f"{what}: a token is a float: the "
-               "device hands out tokens and log-probabilities in one tensor")
-        total = sum(-0.5 - i for i in range(len(kept)))
-        expect(abs(seq.cumulative_logprob - total) < 1e-6, f"{what}: the log-probability of a text "
-               f"is {seq.cumulative_logprob}, it must be {total}")
-        ended = len(kept) == most or kept[-1] == END
-        expect(bool(seq.finish_reason) == ended, f"{what}: finish_reason is {seq.finish_reason}")
-        if not ended:
-            expect(seq.num_kv == seq.num_tokens - 1, f"{what}: a text knows {seq.num_tokens} "
-                   f"tokens and num_kv is {seq.num_kv}: all but the last have K and V now")
-            heir = Sequence([*seq.token_ids, 1], seq.params, seq.cache_salt)
-            num, most = len(engine.pool.find_prefix(heir)), seq.num_kv // 4
-            expect(num == most, f"{what}: {most} blocks of a text are full, and the prefix cache "
-                   f"finds {num}: publish() each token before num_kv counts it")
-    groups = engine.scheduler.running
-    expect(isinstance(moved, list) and len(moved) == len(groups) and {*moved} == {*groups},
-           f"{what}: the result must be the {len(groups)} groups that got tokens, each once")
-    counted = engine.counts["generated_tokens"]
-    expect(counted == kept_in_all, f"{what}: generated_tokens is {counted}, the texts grew by "
-           f"{kept_in_all}")
-    check_books(engine.pool, seqs, what)
-    engine.pool.free(*seqs)
-    check_books(engine.pool, [], f"{what}, then all are freed")
+def check_nobody_flies(mine, seqs_of):
+    """When _launch() has nothing to launch: it returns None, and changes nothing."""
+    def first(waits, num_steps, what):
+        engine = make_engine(mine)
+        seqs = seqs_of(engine)
+        engine.graphs = Device(engine, {seq: [*range(100, 120)] for seq in seqs})
+        newcomer = SequenceGroup(9, None, [Sequence([1], SamplingParams())])
+        engine.scheduler.waiting.extend([newcomer] * waits)
+        return engine, *launch(engine, seqs, 0, num_steps, what)
+
+    first(False, 0, "the host must look first")
+    what = "somebody waits, and nothing is in flight"
+    engine, flight, call = first(True, 4, what)
+    expect(flight is not None, f"{what}: the plan has just found no room for who waits, so a "
+           "flight may be launched, but the result is None")
+    check_launched(flight, call, what)
+    what = "somebody waits, and 4 tokens of each are in flight"
+    following, next_call = launch(engine, flight[0], 4, 4, what)
+    expect(next_call.landing is None and following is None, f"{what}: nothing may follow, or who "
+           "waits cannot be let in when the flight has landed; the result must be None")

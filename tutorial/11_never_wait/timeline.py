@@ -4,7 +4,8 @@
 
     kernel by kernel   host  plan, launch launch launch ..., wait for the last one, read, plan, ...
     a graph a step     host  plan, launch, wait, read, plan, ...
-    16 steps ahead     host  plan, launch x 16, then wait and read x 16, plan, ...
+    bursts of 16       host  plan, launch x 16, wait, read x 16, plan, ...
+    flights of 16      the same, but the next flight is planned and launched before one is read
 
 Then the tiny model in the engine: running ahead must not change a token. A CPU has no graphs; there
 stand_in.py does what a replay does, and counts.
@@ -21,7 +22,7 @@ from stand_in import StandIn  # noqa: E402
 
 from nanopaged import LLM, SamplingParams, torch  # noqa: E402
 
-COLUMNS = 64                                       # of a drawn line
+COLUMNS = 88                                       # of a drawn line
 PROMPTS = {"a": "Four score and seven years ago our", "b": "ROMEO:", "c": "JULIET:\nO"}
 
 
@@ -68,25 +69,43 @@ def kernel_by_kernel(clock, c, num_steps):
         clock.work("p", c.plan + c.plan_seq * c.num_seqs)
         for _ in range(c.num_kernels):
             end = clock.launch(c.launch, c.gpu / c.num_kernels)
-        clock.wait(end)
+        land(clock, c, [end])
+
+
+def launch(clock, c, ahead):
+    """A flight: `ahead` steps from one plan, a graph each -> when each of them ends."""
+    clock.work("p", c.plan + c.plan_seq * c.num_seqs)
+    return [clock.launch(c.graph, c.gpu) for _ in range(ahead)]
+
+
+def land(clock, c, ends):
+    """Wait for a flight, and read its tokens."""
+    clock.wait(ends[-1])
+    for _ in ends:
         clock.work("r", c.read_seq * c.num_seqs)
 
 
-def running_ahead(clock, c, num_steps, ahead):
-    """A graph a step, `ahead` of them from one plan; tokens are read while later steps run."""
+def bursts(clock, c, num_steps, ahead):
+    """One flight after the other."""
     for _ in range(num_steps // ahead):
-        clock.work("p", c.plan + c.plan_seq * c.num_seqs)
-        ends = [clock.launch(c.graph, c.gpu) for _ in range(ahead)]
-        for end in ends:
-            clock.wait(end)
-            clock.work("r", c.read_seq * c.num_seqs)
+        land(clock, c, launch(clock, c, ahead))
 
 
-def run(policy, c, *args, num_steps=32):
-    """-> (clock, how much of the time the GPU works, tokens a second)."""
+def flights(clock, c, num_steps, ahead):
+    """A flight is read while the next one is in the air."""
+    flight = launch(clock, c, ahead)
+    for _ in range(num_steps // ahead - 1):
+        following = launch(clock, c, ahead)
+        land(clock, c, flight)
+        flight = following
+    land(clock, c, flight)
+
+
+def run(policy, c, *args, num_steps=2048):
+    """-> (clock, how much of the time the GPU works, the host, tokens a second)."""
     policy(clock := Clock(), c, num_steps, *args)
-    busy = sum(end - start for _, start, end in clock.gpu)
-    return clock, busy / clock.now, 1e6 * num_steps * c.num_seqs / clock.now
+    gpu, host = (sum(end - start for _, start, end in line) for line in (clock.gpu, clock.host))
+    return clock, gpu / clock.now, host / clock.now, 1e6 * num_steps * c.num_seqs / clock.now
 
 
 def draw(spans, unit):
@@ -106,64 +125,70 @@ def draw(spans, unit):
     return line
 
 
-def draw_policies(c):
-    unit = -(-running_round(c, 16) // 6200) * 100              # a round fits into the line
+def draw_policies(c, *policies):
+    """Two lines, host and GPU, for each (name, policy, arguments of the policy)."""
+    unit = -(-36 * c.gpu // COLUMNS // 100) * 100  # two flights, and more, fit into the line
     print(f"{c.num_seqs} decoding, GPU {c.gpu / 1000:.2f} ms a step; a column is {unit / 1000} ms")
-    for name, policy, *args in (("kernel by kernel", kernel_by_kernel),
-                                ("a graph a step", running_ahead, 1),
-                                ("16 steps ahead", running_ahead, 16)):
-        clock, busy, speed = run(policy, c, *args)
+    for name, policy, *args in policies:
+        clock, busy, _, speed = run(policy, c, *args)
         print(f"{name:18} GPU busy {busy:3.0%}, {speed:7,.0f} tokens/s\n"
               f"  host {draw(clock.host, unit)}\n  GPU  {draw(clock.gpu, unit)}")
 
 
-def running_round(c, ahead):
-    """From one plan to the next, and so the longest that a newcomer waits."""
-    running_ahead(clock := Clock(), c, ahead, ahead)
-    return clock.now
+def print_shares(c):
+    """How busy both are with other numbers of steps ahead, and what that costs a newcomer."""
+    nums = [1 << i for i in range(6)]
+    print(f"\nsteps ahead of {c.num_seqs:3}  ", "".join(f"{ahead:6}" for ahead in nums))
+    for name, policy, i in (("GPU busy, bursts", bursts, 1), ("GPU busy, flights", flights, 1),
+                            ("host busy, flights", flights, 2)):
+        print(f"{name:20}", "".join(f"{run(policy, c, ahead)[i]:6.0%}" for ahead in nums))
+    # it comes when a flight has just taken off, behind which none follows then
+    waits = [ahead * (c.gpu + c.read_seq * c.num_seqs) / 1000 for ahead in nums]
+    print("a newcomer waits, ms", "".join(f"{wait:6.1f}" for wait in waits))
 
 
 # ---- the engine --------------------------------------------------------------------------------
 
 
-def generate(graphs=True, max_num_seqs=256, **of_c):
-    """The three prompts together -> (their tokens; calls of step(), replays, drawn, dropped)."""
+def generate(graphs=True, max_num_seqs=256, **options):
+    """The three prompts together -> (their tokens; calls of step(), replays, drawn, dropped).
+
+    options: {prompt: its sampling options}.
+    """
     llm = LLM(device="cpu", block_size=4, num_blocks=64, max_num_seqs=max_num_seqs)
-    engine = llm.engine
-    engine.graphs = StandIn(engine) if graphs else None
+    engine, device = llm.engine, StandIn(llm.engine)
+    engine.graphs = device if graphs else None
     for seed, (name, max_tokens) in enumerate(zip(PROMPTS, (40, 30, 10), strict=True)):
         engine.add_request(PROMPTS[name], SamplingParams(
-            seed=seed, max_tokens=max_tokens, ignore_eos=True, **of_c if name == "c" else {}))
-    tokens, calls, dropped = {}, 0, 0
+            seed=seed, max_tokens=max_tokens, ignore_eos=True, **options.get(name, {})))
+    tokens, calls, alone = {}, 0, 0                # alone: drawn by steps that did not run ahead
     while engine.has_unfinished_requests():
-        ahead, kept = engine.graphs.num_ahead if graphs else 0, engine.counts["generated_tokens"]
+        flight, kept, ahead = engine.flight, engine.counts["generated_tokens"], device.num_ahead
         tokens |= {out.request_id: out.outputs[0].token_ids for out in engine.step()}
-        if graphs and engine.graphs.num_ahead > ahead:
-            dropped += engine.graphs.num_ahead - ahead + kept - engine.counts["generated_tokens"]
+        if not flight and device.num_ahead == ahead:
+            alone += engine.counts["generated_tokens"] - kept
         calls += 1
-    kept = engine.counts["generated_tokens"]
-    return tokens, calls, engine.graphs.num_replays if graphs else 0, kept + dropped, dropped
+    drawn = alone + device.num_ahead
+    return tokens, calls, device.num_replays, drawn, drawn - engine.counts["generated_tokens"]
 
 
 def main():
     torch.set_num_threads(1)                       # the model's matrices are too small for two
-    one, many = Costs(1, 1500), Costs(256, 4420)
-    draw_policies(one)
+    one, many = Costs(1, 1500), Costs(256, 4360)
+    with_graphs = (("a graph a step", bursts, 1), ("bursts of 16", bursts, 16),
+                   ("flights of 16", flights, 16))
+    draw_policies(one, ("kernel by kernel", kernel_by_kernel), *with_graphs)
     print()
-    draw_policies(many)
-    print("\nsteps ahead       1     2     4     8    16    32")
-    rounds = [1 << i for i in range(6)]
-    for c in (one, many):
-        print(f"GPU busy, {c.num_seqs:3}", "".join(
-            f"{run(running_ahead, c, ahead)[1]:6.0%}" for ahead in rounds))
-    print("a round, ms  ", "".join(f"{running_round(many, ahead) / 1000:6.1f}" for ahead in rounds))
+    draw_policies(many, *with_graphs)
+    print_shares(many)
 
-    expected, *_ = generate(graphs=False)
     print("\nthe tiny model     calls of step()  replays  drawn  dropped  the same")
     for name, settings in (("no graphs", {"graphs": False}), ("running ahead", {}),
                            ("two seats for three", {"max_num_seqs": 2}),
-                           ("c with logprobs", {"logprobs": 0})):
+                           ("b ends at a dot", {"b": {"stop": ["."]}}),
+                           ("c with logprobs", {"c": {"logprobs": 0}})):
         tokens, calls, *others = generate(**settings)
+        expected, *_ = generate(**settings | {"graphs": False})
         print(f"{name:19}{calls:15}{others[0]:9}{others[1]:7}{others[2]:9}"
               f"{'yes' if tokens == expected else 'NO':>10}")
 
