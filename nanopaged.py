@@ -564,7 +564,7 @@ class Sequence:
     def __init__(self, token_ids, params, cache_salt=None):
         self.token_ids = list(token_ids)           # prompt, then generated
         self.num_prompt_tokens = len(token_ids)
-        self.max_num_tokens = len(token_ids) + params.max_tokens
+        self.max_num_tokens = len(token_ids) + params.max_tokens       # then it ends by length
         self.num_kv = 0                            # tokens whose K and V are in the cache
         self.block_table = []                      # logical block i is physical block_table[i]
         self.cache_salt = cache_salt               # cached blocks are shared within one salt only
