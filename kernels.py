@@ -597,19 +597,19 @@ class DecodeGraphs:
         graph.replay()
         return logits[batch.last_rows]
 
-    def run_ahead(self, rows, sources, num_steps, cut, seeds, _, *options):
+    def run_ahead(self, rows, sources, num_steps, cut, seeds, _positions, *options):
         """Draw from the logits and go on with the tokens, num_steps times; nothing here waits.
 
         rows: see flat_batch. sources: the rows of the last call whose last tokens these go on from,
-        as the host does not know them yet; or None. Behind num_steps: sampling_options; but the
-        positions are those of the graph's memory, which move on. -> what each step draws, with
-        padding, on the host, and the event after which it is there.
+        as the host does not know them yet; or None. Behind num_steps: sampling_options. -> what
+        each step draws, with padding, on the host, and the event after which it is there.
         """
         batch, steps = flat_batch(rows, self.block_size, seeds.device), []
         if sources is not None:
             batch.input_ids = self.last_tokens[upload(sources, seeds.device)]
         graph, memory, logits = self.load(batch)
         seeds, *options = (F.pad(x, (0, 0, 0, len(logits) - len(x))) for x in (seeds, *options))
+        # The positions are the graph's own, which move on.
         draw, positions = draw_reference if cut else self.draw, memory.positions[:, None]
         for _ in range(num_steps):
             graph.replay()

@@ -44,9 +44,8 @@ others hold by construction.
   I1  ref_count[b] is the number of block-table rows that hold b.
   I2  every block is free exactly once, or held: free + held = N.
   I3  a block that is written in a step has ref_count 1.
-  I4  between steps a sequence holds exactly ceil(num_kv / B) blocks. (Inside one, or while the
-      device runs ahead, also those for the tokens being computed; a step that was interrupted
-      leaves them to the next.)
+  I4  between steps a sequence holds exactly ceil(num_kv / B) blocks. (While a step or a flight is
+      computed, also those for its tokens; after an interrupt it keeps them until it fills them.)
   I5  a failed operation changes nothing: capacity is checked before the first mutation.
   I6  a cached block is found by exact tokens, its own and all before them, and only after its K and
       V were computed; at least one token of a prompt is always computed.
@@ -719,7 +718,7 @@ class BlockPool:
         taken = [self._take() for _ in range(needed)]
         written = seq.block_table[seq.num_kv // self.block_size:]
         if written and self.ref_count[written[0]] > 1:
-            # It is the last: whoever runs ahead, and has more blocks, is not forked.
+            # A shared block that is written is the last: nobody is forked with blocks ahead.
             shared = seq.block_table.pop()         # the others go on reading it
             self.ref_count[shared] -= 1
             self.copies.append((shared, taken[0]))
@@ -1132,7 +1131,7 @@ def hopeful(beams, ended, params):
 #     A GPU computes a step of decodes faster than Python prepares one. So where nobody has to see
 #     each token, blocks are appended for up to 16 steps, and the device makes them by itself
 #     (kernels.DecodeGraphs): a flight. Behind it the host launches the next flight, which goes on
-#     from tokens that only the device knows, and reads those of a flight while the next one runs:
+#     from tokens that only the device knows. So one step() launches the next and reads this one:
 #
 #         device               [ flight 1 ][ flight 2      ][ flight 3      ][ ...
 #         host      launch 1, 2            read 1, launch 3  read 2, launch 4
@@ -1150,7 +1149,7 @@ class Engine:
         self.model, self.tokenizer = model, tokenizer
         self.kv_cache, self.swap_cache, self.max_model_len = kv_cache, swap_cache, max_model_len
         self.seeds, self.request_ids = random.Random(seed), itertools.count()  # ids grow by arrival
-        # {block_id: steps as a last block}, for stats()
+        # {content of a block: steps as a last block}, for stats()
         self.enable_prefix_caching, self.steps_as_last = enable_prefix_caching, {}
         self.graphs = self.flight = None           # see LLM, and _launch()
 
@@ -1214,7 +1213,7 @@ class Engine:
         moved = [group for group in self.scheduler.running if not group.unfinished()]
         if not moved and self.has_unfinished_requests():
             plan = [] if flight else self.scheduler.schedule()
-            # the longest contexts last, as the attention kernel begins with those
+            # the longest contexts last: the attention kernel works from the end
             flight = flight or self._launch(sorted((s for s, _ in plan), key=lambda s: s.num_kv))
             following = flight and self._launch(*flight[:2])
             moved = self._land(*flight) if flight else self._compute(plan)
@@ -1231,8 +1230,7 @@ class Engine:
         """How many tokens the device may draw for all before the host looks: 16, 8, 4, 2, or 0.
 
         0 if the host must see each: for prompts, beams, log-probabilities and penalties. Else as
-        many as somebody wants beside those in flight, none passes the model's longest text with,
-        and there are blocks for.
+        many as somebody wants beside those in flight, and as fit into max_model_len and the pool.
         """
         plain = self.graphs and seqs and all(
             seq.num_kv == seq.num_tokens - 1 >= seq.num_prompt_tokens
@@ -1244,12 +1242,11 @@ class Engine:
                      <= self.pool.num_free), 0)
 
     def _launch(self, seqs, in_flight=0):
-        """Let the device draw tokens for sequences, of which it draws `in_flight` already.
+        """Launch a flight for `seqs`; in_flight: tokens of each that are in the air already.
 
-        Left out is who has ended or was aborted, or will have all tokens then. -> a flight: its
-        sequences, the number of tokens of each, and the tokens to come, for which _land() waits.
-        Or None, if the host must look first; behind a flight also if somebody waits for whom there
-        is a seat.
+        Left out is who has ended or was aborted, or will be complete with those. -> its sequences,
+        the number of tokens of each, and the tokens to come, for which _land() waits. Or None, if
+        the host must look first; behind a flight also if somebody waits for whom there is a seat.
         """
         rows = [row for row, seq in enumerate(seqs)
                 if seq.block_table and seq.num_tokens + in_flight < seq.max_num_tokens]
@@ -1317,8 +1314,8 @@ class Engine:
             for i in range(len(group.seqs), group.params.n):       # the prompt is done: n texts
                 child = group.seqs[0].fork()
                 child.seed = (child.seed + i) % (1 << 63)
+                group.seqs.append(child)           # first: an interrupt must not lose its blocks
                 self.pool.fork(group.seqs[0], child)
-                group.seqs.append(child)
                 row_of[child] = row_of[group.seqs[0]]
         self.counts["generated_tokens"] += len(row_of)
         sampled = dict(zip(row_of, sample(logits[[*row_of.values()]], [*row_of]), strict=True))
@@ -1355,7 +1352,7 @@ class Engine:
         seq.logprobs += [logprobs] if logprobs else []
         if token_id in seq.params.stop_token_ids:
             seq.finish_reason = "stop"             # this token ends the text, and is no part of it
-        elif seq.num_tokens == seq.max_num_tokens:
+        elif seq.num_tokens >= seq.max_num_tokens:
             seq.finish_reason = "length"
         if self.tokenizer:
             seq.data += self.tokenizer.token_bytes(token_id) if seq.finish_reason != "stop" else b""
@@ -1374,18 +1371,18 @@ class Engine:
         """
         counts, pool, size = self.counts, self.pool, self.pool.block_size
         seqs = [seq for group in self.scheduler.running for seq in group.seqs if seq.block_table]
-        last = {seq.block_table[-1]: seq for seq in seqs}              # a shared one counts once
-        self.steps_as_last = {b: self.steps_as_last.get(b, 0) + num_steps for b in last}
+        last = {pool.content[seq.block_table[-1]]: seq for seq in seqs}     # shared: counts once
+        self.steps_as_last = {c: self.steps_as_last.get(c, 0) + num_steps for c in last}
         num_held, num_rows = pool.num_blocks - pool.num_free, sum(len(s.block_table) for s in seqs)
         counts.update(steps=num_steps, running=num_steps * len(self.scheduler.running),
                       slots=num_steps * num_held * size, computed_tokens=num_computed,
                       saved=num_steps * (num_rows - num_held) / max(1, num_rows))
-        for block_id, seq in last.items():
+        for content, seq in last.items():
             empty = len(seq.block_table) * size - seq.num_kv
             # In each of several steps one more was filled; what ended is taken as at its end.
             counts["unused"] += num_steps * (empty + (num_steps - 1) / 2 * (not seq.finish_reason))
             if seq.finish_reason:
-                counts["never_used"] += empty * self.steps_as_last.pop(block_id)
+                counts["never_used"] += empty * self.steps_as_last.pop(content)
 
     def stats(self):
         """Counters since the start.

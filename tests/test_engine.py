@@ -790,6 +790,29 @@ def test_a_step_that_failed_while_tokens_were_added(at, llm, monkeypatch):
     assert_nothing_left(llm)
 
 
+def test_a_text_that_an_interrupt_left_too_long_ends(llm):
+    """Ctrl-C between a token and the look at the limit: a text that goes on for ever."""
+    request_id = llm.engine.add_request(PROMPTS[0], greedy_params(4))
+    for _ in range(3):
+        llm.engine.step()
+    llm.engine.scheduler.running[0].seqs[0].token_ids.append(GREEDY[0][3])
+    outputs = run_checked(llm.engine, max_steps=3)
+    assert token_ids(outputs[request_id]) == GREEDY[0][:5]
+    assert outputs[request_id].outputs[0].finish_reason == "length"
+
+
+def test_the_waste_of_a_block_is_its_last_owners():
+    """An aborted request's steps are counted as those of the next owner: more waste than slots."""
+    llm = golden_llm(MODEL, block_size=64, num_blocks=1)
+    aborted = llm.engine.add_request([5], greedy_params(60))
+    for _ in range(58):
+        llm.engine.step()
+    llm.engine.abort(aborted)
+    serve(llm, [([6], greedy_params(1))])
+    stats = llm.stats()
+    assert stats["kv_internal"] == pytest.approx(63 / (59 * 64)) and stats["kv_reserved"] > 0
+
+
 def test_a_refused_request_changes_no_draw():
     """I5: a seed that is drawn for a request that cannot run moves those of all that come later."""
     tokens = []

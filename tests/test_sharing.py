@@ -1,5 +1,6 @@
 """What sequences share, on real K and V: copy-on-write, n texts, prefix cache, swap, counters."""
 
+import contextlib
 import json
 from collections import Counter
 
@@ -27,7 +28,7 @@ from helpers import (
 )
 
 import kernels
-from nanopaged import LLM, BeamSearchParams, SamplingParams
+from nanopaged import LLM, BeamSearchParams, BlockPool, SamplingParams
 
 MODEL = "llama_gqa_tied"                               # 131 tokens, 128 positions
 PROMPTS, GREEDY = golden(MODEL)                        # of 1, 7, 16 and 33 tokens
@@ -380,6 +381,28 @@ def test_a_shared_system_prompt(long_llm):
         assert llm.stats()["cached_tokens"] == sum(found)
         assert_nothing_left(llm)
     assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("at", [1, 2])
+def test_a_fork_that_is_interrupted_is_done_again(at, monkeypatch):
+    """Ctrl-C behind a fork: blocks of a text that has no place in its request are never freed."""
+    texts, fork = [], BlockPool.fork
+    for interrupted in (False, True):
+        llm, forked = golden_llm(MODEL, block_size=4), []
+
+        def spy(*args, forked=forked, interrupted=interrupted):
+            fork(*args)
+            forked.append(args)
+            if interrupted and len(forked) == at:
+                raise KeyboardInterrupt
+
+        request_id = llm.engine.add_request([1, 2, 3, 4, 5], drawn(12, n=3, seed=1))
+        monkeypatch.setattr(BlockPool, "fork", spy)
+        with pytest.raises(KeyboardInterrupt) if interrupted else contextlib.nullcontext():
+            llm.engine.step()
+        texts.append(all_token_ids(run_checked(llm.engine)[request_id]))
+        assert_nothing_left(llm)
+    assert texts[0] == texts[1]
 
 
 # --- swap ---------------------------------------------------------------------------------------

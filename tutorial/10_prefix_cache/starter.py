@@ -80,7 +80,7 @@ class BlockPool:
         taken = [self._take() for _ in range(needed)]
         written = seq.block_table[seq.num_kv // self.block_size:]
         if written and self.ref_count[written[0]] > 1:
-            # It is the last: whoever runs ahead, and has more blocks, is not forked.
+            # A shared block that is written is the last: nobody is forked with blocks ahead.
             shared = seq.block_table.pop()         # the others go on reading it
             self.ref_count[shared] -= 1
             self.copies.append((shared, taken[0]))

@@ -19,18 +19,16 @@ class Engine(nanopaged.Engine):
         """How many tokens the device may draw for all before the host looks: 16, 8, 4, 2, or 0.
 
         0 if the host must see each: for prompts, beams, log-probabilities and penalties. Else as
-        many as somebody wants beside those in flight, none passes the model's longest text with,
-        and there are blocks for.
+        many as somebody wants beside those in flight, and as fit into max_model_len and the pool.
         """
         raise NotImplementedError("Lab 11, task 1: how far the device may run ahead")
 
     def _launch(self, seqs, in_flight=0):
-        """Let the device draw tokens for sequences, of which it draws `in_flight` already.
+        """Launch a flight for `seqs`; in_flight: tokens of each that are in the air already.
 
-        Left out is who has ended or was aborted, or will have all tokens then. -> a flight: its
-        sequences, the number of tokens of each, and the tokens to come, for which _land() waits.
-        Or None, if the host must look first; behind a flight also if somebody waits for whom there
-        is a seat.
+        Left out is who has ended or was aborted, or will be complete with those. -> its sequences,
+        the number of tokens of each, and the tokens to come, for which _land() waits. Or None, if
+        the host must look first; behind a flight also if somebody waits for whom there is a seat.
         """
         raise NotImplementedError("Lab 11, task 2: let it fly, and take its tokens")
 
