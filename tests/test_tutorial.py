@@ -788,7 +788,7 @@ def test_what_to_watch(capsys):
 
 
 def costs(num_seqs, **others):
-    return timeline.Costs(num_seqs, {1: 1500, 256: 4360}[num_seqs], **others)
+    return timeline.Costs(num_seqs, {1: 1500, 256: 4390}[num_seqs], **others)
 
 
 def in_flight(clock):
