@@ -10,6 +10,7 @@ import gc
 import random
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +53,20 @@ needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU: real graphs, or its
 COMPILED = []                      # the model that torch has compiled, on a GPU: the last one
 
 
+class Late(StandIn):
+    """A stand-in whose tokens are there only when somebody has waited for them."""
+
+    def run_ahead(self, *args):
+        drawn, landed = super().run_ahead(*args)
+        steps = [torch.full_like(step, torch.nan) for step in drawn]
+
+        def synchronize():
+            landed.synchronize()
+            for step, late in zip(steps, drawn, strict=True):
+                step.copy_(late)
+        return steps, SimpleNamespace(synchronize=synchronize)
+
+
 @pytest.fixture
 def ahead():
     """-> make(name, **settings): an engine on a golden model, or "tiny", that runs ahead."""
@@ -64,7 +79,7 @@ def ahead():
         else:
             llm = golden_llm(name, enforce_eager=False, **settings)
         if not GPU:
-            llm.engine.graphs = StandIn(llm.engine)
+            llm.engine.graphs = Late(llm.engine)
         return llm
 
     return make
