@@ -189,6 +189,17 @@ def test_one_flight_follows_another(ahead):
     assert launched == [16, 16, 8] and llm.engine.flight is None
 
 
+def test_the_longest_contexts_are_the_last_rows(ahead):
+    """The attention kernel begins with the last row: a long one that begins late ends last."""
+    llm, positions = ahead(MODEL), []
+    run_ahead = llm.engine.graphs.run_ahead
+    llm.engine.graphs.run_ahead = lambda rows, *args: positions.append(
+        [first for _, first, *_ in rows]) or run_ahead(rows, *args)
+    params = greedy_params(max_tokens=40)
+    serve(llm, [([1] * 9, params), ([2] * 3, params), ([3] * 6, params)])
+    assert positions == [[3, 6, 9], [19, 22, 25], [35, 38, 41]]
+
+
 def test_nothing_follows_where_somebody_waits(ahead):
     """A newcomer that waits for as long as the others have something to say."""
     llm, lengths = ahead(MODEL), []
@@ -214,26 +225,28 @@ def test_a_queue_does_not_stop_those_who_have_all_seats(ahead):
     assert [len(token_ids(outputs[i])) for i in ids] == [90, 50, 20]
 
 
-@pytest.mark.parametrize("settings", [{"stop_token_ids": [7]}, {"max_tokens": 20}, {}], ids=str)
-def test_who_is_gone_takes_nothing_along(settings, ahead):
+@pytest.mark.parametrize("how", ["stop", "length", "abort"])
+def test_who_is_gone_takes_nothing_along(how, ahead):
     """Tokens for a text that ended, or was aborted, while more of it were in flight; its blocks."""
     prompts, texts = golden(MODEL)
     end = texts[0][9]                              # the flight goes on behind this token
-    settings = {"stop_token_ids": [end]} if "stop_token_ids" in settings else settings
-    llm = ahead(MODEL)
-    ids = [llm.engine.add_request(prompt, greedy_params(**one)) for prompt, one in
-           zip(prompts[:3], (settings, {"max_tokens": 60}, {"max_tokens": 60}), strict=True)]
-    outputs = {}
+    params = {"stop": greedy_params(60, stop_token_ids=[end]), "length": greedy_params(20),
+              "abort": greedy_params(60)}[how]
+    llm, outputs = ahead(MODEL, block_size=4), {}
+    ids = [llm.engine.add_request(prompt, one) for prompt, one in
+           zip(prompts[:3], (params, greedy_params(60), greedy_params(60)), strict=True)]
     for _ in range(2):
         outputs |= {output.request_id: output for output in llm.engine.step()}
-    if not settings:
+    if how == "abort":
         llm.engine.abort(ids[0])
-    assert llm.engine.flight, "nothing is in flight: this tests nothing"
+    assert len(llm.engine.flight[0]) == 3, "nothing is in flight: this tests nothing"
+    outputs |= {output.request_id: output for output in llm.engine.step()}
+    assert len(llm.engine.flight[0]) == 2, "the others wait for the host"
     outputs |= run_checked(llm.engine)
     alone = serve(ahead(MODEL), [(prompt, greedy_params(60)) for prompt in prompts[1:3]])
     assert [token_ids(outputs[i]) for i in ids[1:]] == [token_ids(output) for output in alone]
-    if settings:
-        want = texts[0][:20] if "max_tokens" in settings else texts[0][:texts[0].index(end) + 1]
+    if how != "abort":
+        want = texts[0][:20] if how == "length" else texts[0][:texts[0].index(end) + 1]
         assert token_ids(outputs[ids[0]]) == want
     assert_nothing_left(llm)
 
