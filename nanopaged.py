@@ -125,7 +125,7 @@ def check(name, value, limits):
         return require(value in limits, name, value, f"one of {limits}")
     kind, low, high = limits
     ok = type(value) in (int, kind) and low <= value <= high                # NaN compares false
-    ok or require(ok, name, value, f"{kind.__name__} from {low} to {high}")   # a text takes time
+    ok or require(ok, name, value, f"{kind.__name__} from {low} to {high}")   # no text for nothing
 
 
 def check_all(settings, limits, optional=()):

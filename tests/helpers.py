@@ -45,13 +45,13 @@ def make_scheduler(num_blocks, block_size, max_num_seqs=256, budget=64, swap_blo
                      preemption, max_num_seqs, budget)
 
 
-def check_pool(pool, seqs, in_flight=()):
+def check_pool(pool, seqs, in_flight=None):
     """Assert I1, I2, I4 and I6 of a pool; `seqs` are all sequences that hold blocks.
 
     in_flight: {sequence: tokens that the device computes ahead of the host}.
     """
     rows = Counter(block_id for seq in seqs for block_id in seq.block_table)
-    held = [(seq.num_kv + dict(in_flight).get(seq, 0), len(seq.block_table)) for seq in seqs]
+    held = [(seq.num_kv + (in_flight or {}).get(seq, 0), len(seq.block_table)) for seq in seqs]
     assert all(num == -(-num_kv // pool.block_size) for num_kv, num in held), f"I4: {held}"
     counted = [rows[block_id] for block_id in range(pool.num_blocks)]
     assert counted == pool.ref_count, f"I1: {counted} rows, but ref_count {pool.ref_count}"

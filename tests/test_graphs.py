@@ -175,28 +175,37 @@ def test_texts_and_their_ends(ahead):
     assert {text.finish_reason for text in got} == {"stop", "length"}
 
 
+def watch_launches(llm):
+    """-> a list to which each launch will add (its rows, its number of steps)."""
+    launches, run_ahead = [], llm.engine.graphs.run_ahead
+
+    def spy(rows, sources, num_steps, *options):
+        launches.append((rows, num_steps))
+        return run_ahead(rows, sources, num_steps, *options)
+
+    llm.engine.graphs.run_ahead = spy
+    return launches
+
+
 def test_one_flight_follows_another(ahead):
     """The device waits for the host between two flights; or flies on for nobody."""
-    llm, launched = ahead(MODEL), []
-    run_ahead = llm.engine.graphs.run_ahead
-    llm.engine.graphs.run_ahead = lambda *args: launched.append(args[2]) or run_ahead(*args)
+    llm = ahead(MODEL)
+    launches = watch_launches(llm)
     llm.engine.add_request([1, 2, 3], greedy_params(max_tokens=40))
     read = []
     run_checked(llm.engine, after_step=lambda moved: read.append(
-        (len(token_ids(moved[0])), sum(launched))))
+        (len(token_ids(moved[0])), sum(num_steps for _, num_steps in launches))))
     # 1 by the prompt; then what is read is 16 behind what was launched, until no more is wanted
-    assert read == [(1, 0), (17, 32), (33, 39 + 1), (40, 39 + 1)]
-    assert launched == [16, 16, 8] and llm.engine.flight is None
+    assert read == [(1, 0), (17, 32), (33, 40), (40, 40)]
+    assert [num_steps for _, num_steps in launches] == [16, 16, 8] and llm.engine.flight is None
 
 
 def test_the_longest_contexts_are_the_last_rows(ahead):
     """The attention kernel begins with the last row: a long one that begins late ends last."""
-    llm, positions = ahead(MODEL), []
-    run_ahead = llm.engine.graphs.run_ahead
-    llm.engine.graphs.run_ahead = lambda rows, *args: positions.append(
-        [first for _, first, *_ in rows]) or run_ahead(rows, *args)
-    params = greedy_params(max_tokens=40)
+    llm, params = ahead(MODEL), greedy_params(max_tokens=40)
+    launches = watch_launches(llm)
     serve(llm, [([1] * 9, params), ([2] * 3, params), ([3] * 6, params)])
+    positions = [[first for _, first, *_ in rows] for rows, _ in launches]
     assert positions == [[3, 6, 9], [19, 22, 25], [35, 38, 41]]
 
 
@@ -263,8 +272,7 @@ def test_all_have_gone_and_something_still_flies(ahead):
         assert llm.engine.flight and llm.engine.abort(request_id) == (end == "abort")
         steps = llm.stats()["steps"]
         newcomer = llm.engine.add_request(prompts[1], greedy_params())
-        outputs = [output for output in llm.engine.step()]
-        assert [output.request_id for output in outputs] == [newcomer], end
+        assert [output.request_id for output in llm.engine.step()] == [newcomer], end
         assert llm.stats()["steps"] == steps + 1
         assert token_ids(run_checked(llm.engine)[newcomer]) == texts[1]
 
