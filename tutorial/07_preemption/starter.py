@@ -162,13 +162,13 @@ class Scheduler:
         scheduled, budget, i = [], self.max_num_batched_tokens, 0
         # The running ones first, as they hold blocks; then, while budget is left, newcomers.
         while budget and (i < len(self.running) or self.waiting and self._admit(self.waiting[0])):
-            group = self.running[i]
-            plan = self._plan(group, budget)
-            while i < len(self.running) and self.pool.num_needed(plan) > self.pool.num_free:
-                # The latest arrival, which may be `group` itself, but none that is scheduled
-                # already. It needs what it gave and more: it cannot come back for that.
+            plan = self._plan(self.running[i], budget)
+            if self.pool.num_needed(plan) > self.pool.num_free:
+                # The latest arrival, which may be this group itself, but none that is scheduled
+                # already. It needs what it gave and more: it cannot come back for that. Then the
+                # loop looks again; a plan that is made twice is the same.
                 self._preempt(self.running.pop())
-            if i < len(self.running):              # it still runs
+            else:
                 for seq, num_new in plan:
                     self.pool.append(seq, num_new)
                     budget -= num_new
