@@ -1115,12 +1115,11 @@ def beam_score(seq, num_generated=None):
 
 def hopeful(beams, ended, params):
     """`beams`; or none, if none can come among the best texts that have `ended`. Best first."""
-    if beams and len(ended) == params.beam_width:
-        to_the_end = params.early_stopping == "never" and params.length_penalty > 0
-        best = beam_score(beams[0], params.max_tokens if to_the_end else None)
-        if params.early_stopping is True or best <= beam_score(ended[-1]):
-            return []
-    return beams
+    if not beams or len(ended) < params.beam_width:
+        return beams
+    to_the_end = params.early_stopping == "never" and params.length_penalty > 0
+    best = beam_score(beams[0], params.max_tokens if to_the_end else None)
+    return [] if params.early_stopping is True or best <= beam_score(ended[-1]) else beams
 
 
 # ================================================================================================
