@@ -1339,9 +1339,8 @@ class Engine:
         ended = [seq for seq in group.seqs + ranked[:width] if seq.finish_reason]
         ended = sorted(ended, key=beam_score, reverse=True)[:width]
         group.seqs = hopeful(beams, ended, group.params) + ended
-        for seq in group.seqs:
-            if seq in parent_of:                   # not what ended before
-                self.pool.fork(parent_of[seq], seq)
+        for seq in parent_of.keys() & group.seqs:  # the new ones: others ended before
+            self.pool.fork(parent_of[seq], seq)
         self.pool.free(*parents)
 
     def _append_token(self, seq, token_id, logprob, logprobs=None):
