@@ -104,12 +104,11 @@ class BlockPool:
 
         If another sequence computed the same content before, its block stays the cached one.
         """
-        size = self.block_size
-        for i in range(seq.num_kv // size, (seq.num_kv + num_new) // size):
-            key, block_id = self._key(seq, i, seq.block_table), seq.block_table[i]
-            if self.cached.setdefault(key, block_id) == block_id:
-                self.key_of[block_id] = key
-            self.content[block_id] = self.content[self.cached[key]]
+        for i in range(seq.num_kv // self.block_size, (seq.num_kv + num_new) // self.block_size):
+            key = self._key(seq, i, seq.block_table)
+            first = self.cached.setdefault(key, seq.block_table[i])
+            self.key_of[first] = key
+            self.content[seq.block_table[i]] = self.content[first]
 
     def take_over(self, group, source):
         """Move a group here from the pool `source`: swap out, or swap in.
