@@ -623,14 +623,13 @@ class SequenceGroup:
 
     def output(self):
         """A snapshot for the user."""
-        start = self.seqs[0].num_prompt_tokens
         outputs = [CompletionOutput(
-            index=i, text=seq.text, token_ids=seq.token_ids[start:],
+            index=i, text=seq.text, token_ids=seq.token_ids[seq.num_prompt_tokens:],
             logprobs=seq.logprobs[:] or None, finish_reason=seq.finish_reason,
             cumulative_logprob=seq.cumulative_logprob) for i, seq in enumerate(self.seqs)]
         return RequestOutput(
             request_id=self.request_id, prompt=self.prompt, outputs=outputs,
-            prompt_token_ids=self.seqs[0].token_ids[:start],
+            prompt_token_ids=self.seqs[0].token_ids[:self.seqs[0].num_prompt_tokens],
             finished=not self.unfinished(), num_cached_tokens=self.num_cached_tokens)
 
 
