@@ -441,10 +441,8 @@ def rope_frequencies(head_dim, rope):
     rope: config.json's rope_theta and rope_type, and the settings of that type.
     """
     frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    if rope["rope_type"] == "default":
-        return frequency
-    slowed = frequency / rope["factor"]
-    if rope["rope_type"] == "linear":
+    slowed = frequency / (1 if rope["rope_type"] == "default" else rope["factor"])
+    if rope["rope_type"] != "llama3":              # "linear" slows all pairs alike
         return slowed
     # LLaMA-3.1: pairs that turn often within the original context stay, slow ones are slowed,
     # and between the two limits the two are mixed.
