@@ -603,16 +603,15 @@ class DecodeGraphs:
         each step draws, with padding, on the host, and the event after which it is there.
         """
         batch, steps = flat_batch(rows, self.block_size, seeds.device), []
-        if sources is not None:
-            batch.input_ids = self.last_tokens[upload(sources, seeds.device)]
-        graph, memory, logits = self.load(batch)
+        if sources is not None:                    # the last call left them where its graph reads
+            batch.input_ids = self.memory.input_ids[upload(sources, seeds.device)]
+        graph, self.memory, logits = self.load(batch)
         seeds, *options = (F.pad(x, (0, 0, 0, len(logits) - len(x))) for x in (seeds, *options))
         # The positions are the graph's own, which move on.
-        draw, positions = draw_reference if cut else self.draw, memory.positions[:, None]
+        draw, positions = draw_reference if cut else self.draw, self.memory.positions[:, None]
         for _ in range(num_steps):
             graph.replay()
             drawn = draw(logits, cut, seeds, positions, *options)
-            memory.input_ids.copy_(drawn[0])
+            self.memory.input_ids.copy_(drawn[0])
             steps.append(drawn.to("cpu", non_blocking=True))
-        self.last_tokens = drawn[0].long()
         return steps, torch.cuda.current_stream().record_event()
