@@ -1297,7 +1297,7 @@ class Engine:
                                             ("swapped_blocks", self.pool.arrivals, swap, kv),
                                             ("copied_blocks", self.pool.copies, kv, kv)):
             if pairs and source is target and kv.is_cuda:
-                kernels.copy_blocks(kv, torch.tensor(pairs, device=kv.device))
+                kernels.copy_blocks(kv, kernels.upload(pairs, kv.device))
             elif pairs:
                 kernels.copy_blocks_reference(source, target, torch.tensor(pairs))
             self.counts[name] += len(pairs)
