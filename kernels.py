@@ -580,10 +580,9 @@ class DecodeGraphs:
     def load(self, batch):
         """Put a batch where the smallest graph works that takes it -> graph, its batch, logits."""
         num_seqs, num_columns = batch.block_tables.shape
-        size = min(n for n in self.graphs if n >= num_seqs)
-        graph, memory, logits = self.graphs[size]
+        graph, memory, logits = self.graphs[min(n for n in self.graphs if n >= num_seqs)]
         for name in ("input_ids", "positions", "context_lens"):
-            getattr(memory, name).copy_(F.pad(getattr(batch, name), (0, size - num_seqs)))
+            getattr(memory, name).copy_(F.pad(getattr(batch, name), (0, len(logits) - num_seqs)))
         memory.block_tables[:num_seqs, :num_columns] = batch.block_tables
         return graph, memory, logits
 
