@@ -534,15 +534,14 @@ def draw_reference(logits, *options):
 
 
 def top_logprobs_reference(logprobs, row, token_id, num):
-    """The row's chosen token and its `num` likeliest -> {token_id: logprob}, or None for num None.
+    """The row's chosen token and its `num` likeliest -> {token_id: logprob}; None for num None.
 
     Shapes: logprobs (S, V). Each row by itself: where values tie, topk of another num, or a batch,
     may pick others.
     """
-    if num is None:
-        return None
-    token_ids = [token_id, *logprobs[row].topk(min(num, logprobs.shape[1])).indices.tolist()]
-    return dict(zip(token_ids, logprobs[row, token_ids].tolist(), strict=True))
+    if num is not None:
+        token_ids = [token_id, *logprobs[row].topk(min(num, logprobs.shape[1])).indices.tolist()]
+        return dict(zip(token_ids, logprobs[row, token_ids].tolist(), strict=True))
 
 
 class DecodeGraphs:
