@@ -1069,12 +1069,10 @@ def load_model(config, folder, device, dtype, load_format="auto", compiled=False
 
 def sampling_options(seqs, device):
     """What kernels.sample_reference takes behind the logits, to draw the rows' next tokens."""
-    params = [seq.params for seq in seqs]
-    cut = any(p.top_p < 1 or p.top_k > 0 or p.min_p > 0 for p in params)
-    keys = kernels.upload([(seq.seed, seq.num_tokens) for seq in seqs], device)
-    options = kernels.upload([(p.temperature, p.top_p, p.top_k, p.min_p) for p in params], device,
-                             torch.float64)
-    return cut, *keys.split(1, dim=1), *options.split(1, dim=1)
+    options = [(p.temperature, p.top_p, p.top_k, p.min_p) for p in (seq.params for seq in seqs)]
+    cut = any(top_p < 1 or top_k > 0 or min_p > 0 for _, top_p, top_k, min_p in options)
+    keys = kernels.upload([(seq.seed, seq.num_tokens) for seq in seqs], device).split(1, dim=1)
+    return cut, *keys, *kernels.upload(options, device, torch.float64).split(1, dim=1)
 
 
 def sample(logits, seqs):
