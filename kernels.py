@@ -486,17 +486,6 @@ def cut_probs_reference(probs, top_p, top_k, min_p):
     return probs.scatter(1, token_ids, ranked)     # back to their places: all of them
 
 
-def penalize_reference(logits, row, token_ids, penalty):
-    """Make the tokens that a row's text has already less likely, in place; each of them once.
-
-    Shapes: logits (S, V).
-    """
-    if penalty != 1:
-        seen = torch.tensor(token_ids, device=logits.device)
-        score = logits[row, seen]                  # multiplying lowers a negative score
-        logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
-
-
 def sample_reference(logits, cut, seeds, positions, temperature, top_p, top_k, min_p):
     """A token for each row; temperature 0 is greedy -> (S,).
 

@@ -1082,7 +1082,10 @@ def sample(logits, seqs):
     """
     logprobs, params = logits.log_softmax(-1), [seq.params for seq in seqs]
     for row, (seq, p) in enumerate(zip(seqs, params, strict=True)):
-        kernels.penalize_reference(logits, row, seq.token_ids, p.repetition_penalty)
+        if (penalty := p.repetition_penalty) != 1:
+            seen = kernels.upload(seq.token_ids, logits.device)    # each of them is penalised once
+            score = logits[row, seen]              # multiplying lowers a negative score
+            logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
     tokens = (kernels.sample_reference(logits, *sampling_options(seqs, logits.device))
               if any(p.temperature for p in params) else logits.argmax(-1))
     chosen = logprobs.gather(1, tokens[:, None])[:, 0]
