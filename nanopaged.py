@@ -1294,14 +1294,13 @@ class Engine:
         kv, swap, swap_pool = self.kv_cache, self.swap_cache, self.scheduler.swap_pool
         # At no time of the step are more blocks held. A union of Counters keeps the larger number.
         self.counts |= Counter(blocks_peak=self.pool.num_blocks - self.pool.num_free)
-        for name, pairs, source, target in (("swapped_blocks", swap_pool.arrivals, kv, swap),
-                                            ("swapped_blocks", self.pool.arrivals, swap, kv),
-                                            ("copied_blocks", self.pool.copies, kv, kv)):
+        for pairs, source, target in ((swap_pool.arrivals, kv, swap),
+                                      (self.pool.arrivals, swap, kv), (self.pool.copies, kv, kv)):
             if pairs and source is target and kv.is_cuda:
                 kernels.copy_blocks(kv, kernels.upload(pairs, kv.device))
             elif pairs:
                 kernels.copy_blocks_reference(source, target, torch.tensor(pairs))
-            self.counts[name] += len(pairs)
+            self.counts["copied_blocks" if source is target else "swapped_blocks"] += len(pairs)
             pairs.clear()
 
     def _next_tokens(self, groups, logits):
