@@ -19,6 +19,7 @@ pool, B block size, H query heads, K KV heads, G = H / K, D head_dim, L layers. 
 import functools
 import math
 import os
+from contextlib import suppress
 from itertools import accumulate, zip_longest
 from types import SimpleNamespace
 
@@ -27,13 +28,13 @@ import torch.nn.functional as F
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"     # triton, too, reads it when imported
 
-try:
-    if not (INTERPRETED or torch.cuda.is_available()):
-        raise ImportError("it would take a third of a second, and nothing here could run it")
-    import triton
-    import triton.language as tl
-except ImportError:        # or macOS, Windows: the references work, the kernels are plain text
-    triton = tl = SimpleNamespace(constexpr=None, jit=lambda *_, **__: lambda kernel: kernel)
+# What stands in for Triton where it is not there (macOS, Windows): the kernels are plain text then.
+# Where nothing could run it, it is not imported either: that would take a third of a second.
+triton = tl = SimpleNamespace(constexpr=None, jit=lambda *_, **__: lambda kernel: kernel)
+if INTERPRETED or torch.cuda.is_available():
+    with suppress(ImportError):
+        import triton
+        import triton.language as tl
 
 # The reference attends queries in runs of at most this many, so that the mask of a long prompt
 # stays small: 512 x 8,192 keys are 4 MB (times H / K), where 8,192 x 8,192 would be 67 MB.
