@@ -248,13 +248,12 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
 
 # The numbers that change from step to step; Triton would compile once more for those that are 1, or
 # a multiple of 16.
-@triton.jit(do_not_specialize=["num_seqs", "few", "parts", "least", "most_parts", "t_seq"])
+@triton.jit(do_not_specialize=["num_seqs", "few", "least", "most_parts", "t_seq"])
 def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out, part_y, part_lse,
-                     parts_of, num_seqs, few, parts, least, most_parts, scale, q_token, q_head,
-                     c_block, c_slot, c_head, t_seq, o_token, o_head, G: tl.constexpr,
-                     D: tl.constexpr, B: tl.constexpr, DIM: tl.constexpr, SEQS: tl.constexpr,
-                     ROWS: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr,
-                     PROMPT: tl.constexpr):
+                     parts_of, num_seqs, few, least, most_parts, scale, q_token, q_head, c_block,
+                     c_slot, c_head, t_seq, o_token, o_head, G: tl.constexpr, D: tl.constexpr,
+                     B: tl.constexpr, DIM: tl.constexpr, SEQS: tl.constexpr, ROWS: tl.constexpr,
+                     QUERIES: tl.constexpr, TILE: tl.constexpr, PROMPT: tl.constexpr):
     """A tile of queries, one KV head, a part of the context: goes to `out`, or to part_y."""
     # 1. Whose tile it is. From the end, as a prompt's last queries read the most keys: the longest
     #    work goes first.
@@ -273,7 +272,7 @@ def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out
     # 2. Its part of the keys that the last of its queries sees.
     seen = context_len - tl.maximum(num_queries - first_query - QUERIES, 0)
     key_tiles, part = tl.cdiv(seen, TILE), tl.program_id(2)
-    size = tl.maximum(tl.cdiv(key_tiles, parts), least)
+    size = tl.maximum(tl.cdiv(key_tiles, tl.num_programs(2)), least)
     num_parts = tl.maximum(tl.cdiv(key_tiles, size), 1)
     first, last = part * size, tl.minimum((part + 1) * size, key_tiles)
     if part >= num_parts:
@@ -343,9 +342,9 @@ def attention_launches(T, S, K, G, dim, longest, max_query_len, short):
     """What is launched for decodes, and for prompts if there may be any; by the rules above.
 
     T, S, K, G as everywhere; longest: tokens that a table has room for; short: a 16-bit type.
-    -> [(grid, few and parts and least, the sizes of attention_kernel, options)].
+    Yields: the grid (KV heads, tiles, parts), few and least, attention_kernel's sizes, options.
     """
-    few, launches = max(16 // G, 1), []
+    few = max(16 // G, 1)
     for prompt in [False, True][:1 + (max_query_len > few)]:
         rows = max(64 if prompt and short else 16, triton.next_power_of_2(G))
         queries, parts = rows // G, 1
@@ -363,9 +362,8 @@ def attention_launches(T, S, K, G, dim, longest, max_query_len, short):
         # beside a long prompt, the merge would look through too many rows
         if T <= 1024 and not (many and prompt):
             parts = min(MAX_PARTS, -(-programs // items), -(-longest // least))
-        launches.append(((K, tiles, parts), (few, parts, least // tile),
-                         (rows, queries, tile, prompt), {"num_warps": warps, "num_stages": stages}))
-    return launches
+        yield ((K, tiles, parts), (few, least // tile), (rows, queries, tile, prompt),
+               {"num_warps": warps, "num_stages": stages})
 
 
 def paged_attention(q, k_cache, v_cache, block_tables, context_lens, query_start, *,
@@ -385,7 +383,7 @@ def paged_attention(q, k_cache, v_cache, block_tables, context_lens, query_start
     check_arguments(q.device, torch.int32, block_tables=(block_tables, (S, M)),
                     context_lens=(context_lens, (S,)), query_start=(query_start, (S + 1,)))
     dim = max(16, triton.next_power_of_2(D))
-    launches = attention_launches(T, S, K, G, dim, M * B, max_query_len, dtype != torch.float32)
+    launches = [*attention_launches(T, S, K, G, dim, M * B, max_query_len, dtype != torch.float32)]
     most_parts = max(parts for (_, _, parts), *_ in launches)
     part_lse, part_y = (q.new_empty(T * H * most_parts * n, dtype=torch.float32) for n in (1, dim))
     parts_of = q.new_empty(T * H, dtype=torch.int32)

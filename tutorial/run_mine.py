@@ -50,8 +50,8 @@ class Calls:
 def four_parts(launches):
     """The engine cuts contexts of more than 64 tokens: let short texts have parts to merge, too."""
     def cut(*args):
-        return [((heads, tiles, 4), (few, 4, 1), *more)
-                for (heads, tiles, _), (few, _, _), *more in launches(*args)]
+        return [((heads, tiles, 4), (few, 1), *more)
+                for (heads, tiles, _), (few, _), *more in launches(*args)]
     return cut
 
 

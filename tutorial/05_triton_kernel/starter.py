@@ -23,13 +23,12 @@ def write_kv_kernel(k, v, k_cache, v_cache, slot_mapping, k_token, k_head, v_tok
     raise NotImplementedError("Lab 5, task 1: write a token's K and V to its slot")
 
 
-@triton.jit(do_not_specialize=["num_seqs", "few", "parts", "least", "most_parts", "t_seq"])
+@triton.jit(do_not_specialize=["num_seqs", "few", "least", "most_parts", "t_seq"])
 def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out, part_y, part_lse,
-                     parts_of, num_seqs, few, parts, least, most_parts, scale, q_token, q_head,
-                     c_block, c_slot, c_head, t_seq, o_token, o_head, G: tl.constexpr,
-                     D: tl.constexpr, B: tl.constexpr, DIM: tl.constexpr, SEQS: tl.constexpr,
-                     ROWS: tl.constexpr, QUERIES: tl.constexpr, TILE: tl.constexpr,
-                     PROMPT: tl.constexpr):
+                     parts_of, num_seqs, few, least, most_parts, scale, q_token, q_head, c_block,
+                     c_slot, c_head, t_seq, o_token, o_head, G: tl.constexpr, D: tl.constexpr,
+                     B: tl.constexpr, DIM: tl.constexpr, SEQS: tl.constexpr, ROWS: tl.constexpr,
+                     QUERIES: tl.constexpr, TILE: tl.constexpr, PROMPT: tl.constexpr):
     """A tile of queries, one KV head, a part of the context: goes to `out`, or to part_y."""
     # 1. Whose tile it is. From the end, as a prompt's last queries read the most keys: the longest
     #    work goes first.
@@ -48,7 +47,7 @@ def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out
     # 2. Its part of the keys that the last of its queries sees.
     seen = context_len - tl.maximum(num_queries - first_query - QUERIES, 0)
     key_tiles, part = tl.cdiv(seen, TILE), tl.program_id(2)
-    size = tl.maximum(tl.cdiv(key_tiles, parts), least)
+    size = tl.maximum(tl.cdiv(key_tiles, tl.num_programs(2)), least)
     num_parts = tl.maximum(tl.cdiv(key_tiles, size), 1)
     first, last = part * size, tl.minimum((part + 1) * size, key_tiles)
     if part >= num_parts:
