@@ -184,26 +184,25 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
     Cost: copies the K and V that are read, never the rest of the cache.
     """
     out = torch.empty_like(q) if out is None else out
-    block_size, num_kv_heads = k_cache.shape[1:3]
+    block_size, G = k_cache.shape[1], q.shape[1] // k_cache.shape[2]
     starts = query_start.tolist()
     for seq, context_len in enumerate(context_lens.tolist()):
         # neither the table's padding nor a slot past the context is read: it may hold NaN
         blocks = block_tables[seq, :-(-context_len // block_size)]
-        k, v = (cache.index_select(0, blocks).flatten(0, 1).transpose(0, 1)
-                for cache in (k_cache, v_cache))                           # (K, whole blocks, D)
+        k, v = (cache.index_select(0, blocks).flatten(0, 1).transpose(0, 1)[None]
+                for cache in (k_cache, v_cache))                        # (1, K, whole blocks, D)
         for row in range(starts[seq], starts[seq + 1], MAX_QUERY_RUN):
-            rows = slice(row, min(row + MAX_QUERY_RUN, starts[seq + 1]))
-            # What the last of them sees. 5 queries in a context of 9, cut after 2: 9 - 3 = 6.
-            keys = torch.arange(context_len - (starts[seq + 1] - rows.stop), device=q.device)
-            # The G = H / K query heads that share a KV head become rows of one matrix, so its K
-            # and V are read once for all of them and never repeated in memory.
-            packed = q[rows].unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)   # (K, G, Q, D)
-            G, Q = packed.shape[1:3]
+            Q = min(MAX_QUERY_RUN, starts[seq + 1] - row)
+            # What the last of them sees. 5 queries in a context of 9, cut after 2: 9 - 5 + 2 = 6.
+            keys = torch.arange(context_len - (starts[seq + 1] - row) + Q, device=q.device)
+            # The G = H / K query heads that share a KV head become rows of one matrix, (K, QG, D),
+            # so its K and V are read once for all of them and never repeated in memory.
+            packed = q[row:row + Q].unflatten(1, (-1, G)).transpose(0, 1).flatten(1, 2)
             # the queries' positions are the last Q of the keys'; a decode sees all
-            mask = (keys <= keys[-Q:, None]).repeat(G, 1) if Q > 1 else None        # (GQ, seen)
-            y = F.scaled_dot_product_attention(packed.flatten(1, 2)[None], k[None, :, :len(keys)],
-                                               v[None, :, :len(keys)], mask, scale=scale)
-            out[rows] = y[0].unflatten(1, (G, Q)).permute(2, 0, 1, 3).flatten(1, 2)
+            mask = keys <= keys[-Q:].repeat_interleave(G)[:, None] if Q > 1 else None  # (QG, seen)
+            y = F.scaled_dot_product_attention(packed[None], k[:, :, :len(keys)],
+                                               v[:, :, :len(keys)], mask, scale=scale)
+            out[row:row + Q] = y[0].unflatten(1, (Q, G)).transpose(0, 1).flatten(1, 2)
     return out
 
 
