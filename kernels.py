@@ -411,26 +411,26 @@ def flat_batch(rows, block_size, device):
     of its last token are wanted). `write_kv` and `attend` are the kernels on a GPU, elsewhere the
     references.
     """
-    spans = [(table, range(first, first + len(ids))) for ids, first, table, _ in rows]
-    ends = [*accumulate((len(new) for _, new in spans), initial=0)]
+    ids, firsts, tables, wanted = zip(*rows, strict=True)
+    spans = [range(first, first + len(new)) for first, new in zip(firsts, ids, strict=True)]
+    ends = [*accumulate(map(len, ids), initial=0)]
     tensor = functools.partial(upload, device=device)
     int32 = functools.partial(tensor, dtype=torch.int32)
-    batch = SimpleNamespace(
-        input_ids=tensor([token_id for token_ids, *_ in rows for token_id in token_ids]),    # (T,)
-        positions=tensor([i for _, new in spans for i in new]),       # (T,) in the token's own text
+    maps = {"context_lens": int32([span.stop for span in spans]),     # (S,) this step's included
+            "query_start": int32(ends),                 # (S+1,) row of each's first token, and T
+            # (S, M): all as long as the longest
+            "block_tables": int32([*zip(*zip_longest(*tables, fillvalue=0), strict=True)])}
+    write, attention = ((write_kv, paged_attention) if device.type == "cuda" else
+                        (write_kv_reference, paged_attention_reference))
+    return SimpleNamespace(
+        input_ids=tensor([token_id for new in ids for token_id in new]),                     # (T,)
+        positions=tensor([i for span in spans for i in span]),        # (T,) in the token's own text
+        # (T,) where K and V go
         slot_mapping=tensor([table[i // block_size] * block_size + i % block_size
-                             for table, new in spans for i in new]),  # (T,) where K and V go
-        last_rows=tensor([end - 1 for row, end in zip(rows, ends[1:], strict=True) if row[-1]]),
-        # (S, M): all as long as the longest
-        block_tables=int32([*zip(*zip_longest(*(r[2] for r in rows), fillvalue=0), strict=True)]),
-        context_lens=int32([new.stop for _, new in spans]),           # (S,) this step's included
-        query_start=int32(ends))                        # (S+1,) row of each's first token, and T
-    batch.write_kv, attention = ((write_kv, paged_attention) if device.type == "cuda" else
-                                 (write_kv_reference, paged_attention_reference))
-    batch.attend = functools.partial(
-        attention, block_tables=batch.block_tables, context_lens=batch.context_lens,
-        query_start=batch.query_start, max_query_len=max(len(new) for _, new in spans))
-    return batch
+                             for table, span in zip(tables, spans, strict=True) for i in span]),
+        last_rows=tensor([end - 1 for end, wants in zip(ends[1:], wanted, strict=True) if wants]),
+        write_kv=write, **maps,
+        attend=functools.partial(attention, **maps, max_query_len=max(map(len, ids))))
 
 
 def rope_frequencies(head_dim, rope):
