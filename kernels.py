@@ -107,32 +107,30 @@ def write_kv_reference(k, v, k_cache, v_cache, slot_mapping):
 
 
 @triton.jit
-def write_kv_kernel(k, v, k_cache, v_cache, slot_mapping, k_token, k_head, v_token, v_head,
-                    c_block, c_slot, c_head, B: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-                    HEADS: tl.constexpr, DIM: tl.constexpr):
-    """One program a token: all its heads (rows) and their numbers (columns) at once."""
-    token = tl.program_id(0).to(tl.int64)
+def write_kv_kernel(k, v, k_cache, v_cache, slot_mapping, k_token, v_token, c_block, c_slot, c_head,
+                    B: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """One program a token: K * D = SIZE numbers, which in k and v are one row, head by head."""
+    token, i = tl.program_id(0).to(tl.int64), tl.arange(0, CHUNK)
     slot = tl.load(slot_mapping + token)
-    head, d = tl.arange(0, HEADS)[:, None], tl.arange(0, DIM)[None, :]
-    real = (head < K) & (d < D) & (slot >= 0)
-    where = slot // B * c_block + slot % B * c_slot + head * c_head + d
-    tl.store(k_cache + where, tl.load(k + token * k_token + head * k_head + d, mask=real), real)
-    tl.store(v_cache + where, tl.load(v + token * v_token + head * v_head + d, mask=real), real)
+    real = (i < SIZE) & (slot >= 0)
+    where = slot // B * c_block + slot % B * c_slot + i // D * c_head + i % D
+    tl.store(k_cache + where, tl.load(k + token * k_token + i, mask=real), real)
+    tl.store(v_cache + where, tl.load(v + token * v_token + i, mask=real), real)
 
 
 def write_kv(k, v, k_cache, v_cache, slot_mapping):
     """write_kv_reference in one launch: the paper's fused reshape and block write (5.1).
 
-    Besides, a token of slot -1 is not written: the padding of a captured graph.
+    Here the heads of a token must lie one behind the other in k and v, as in the model's qkv. A
+    token of slot -1 is not written: the padding of a captured graph.
     """
     (T, K, D), (N, B) = k.shape, k_cache.shape[:2]
-    check_arguments(k.device, k.dtype, k=(k, (T, K, D)), v=(v, (T, K, D)),
-                    k_cache=(k_cache, (N, B, K, D)),
+    check_arguments(k.device, k.dtype, k=(k, (T, K, D), (k.stride(0), D, 1)),
+                    v=(v, (T, K, D), (v.stride(0), D, 1)), k_cache=(k_cache, (N, B, K, D)),
                     v_cache=(v_cache, (N, B, K, D), k_cache.stride()))
     check_arguments(k.device, torch.int64, slot_mapping=(slot_mapping, (T,)))
-    write_kv_kernel[(T,)](
-        k, v, k_cache, v_cache, slot_mapping, *k.stride()[:2], *v.stride()[:2],
-        *k_cache.stride()[:3], B, K, D, triton.next_power_of_2(K), triton.next_power_of_2(D))
+    write_kv_kernel[(T,)](k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0),
+                          *k_cache.stride()[:3], B, D, K * D, triton.next_power_of_2(K * D))
 
 
 def copy_blocks_reference(source, target, pairs):

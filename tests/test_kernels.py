@@ -555,7 +555,9 @@ def test_write_kv_kernel(sizes, layout, dtype):
     kernels.write_kv(k, v, *caches, slots)
     kernels.write_kv(k + 1, v, *caches, torch.full_like(slots, -1))   # a graph's padding
     assert all(torch.equal(*pair) for pair in zip(caches, want, strict=True))
+    apart = torch.stack((v, v), 2)[:, :, 0]                           # a gap behind each head
     for bad in ((k.double(), v, *caches, slots), (k, v[:-1], *caches, slots),
+                (apart, v, *caches, slots), (k, apart, *caches, slots),
                 (k, v, *caches, slots.int()), (k, v, caches[0], caches[1][:-1], slots)):
         with pytest.raises(ValueError):
             kernels.write_kv(*bad)

@@ -330,15 +330,14 @@ def but(code, right, wrong):
 # Lab 5: {kernel: body}, a right solution; a wrong one has a line of it changed.
 KERNELS = {
     "write_kv_kernel": """
-    token, d = tl.program_id(0).to(tl.int64), tl.arange(0, DIM)
+    token, i = tl.program_id(0).to(tl.int64), tl.arange(0, CHUNK)
     slot = tl.load(slot_mapping + token)
     if slot >= 0:
-        place = (slot // B) * c_block + (slot % B) * c_slot + d
-        for head in range(K):
-            x = tl.load(k + token * k_token + head * k_head + d, mask=d < D)
-            tl.store(k_cache + place + head * c_head, x, mask=d < D)
-            x = tl.load(v + token * v_token + head * v_head + d, mask=d < D)
-            tl.store(v_cache + place + head * c_head, x, mask=d < D)
+        place = (slot // B) * c_block + (slot % B) * c_slot + (i // D) * c_head + i % D
+        x = tl.load(k + token * k_token + i, mask=i < SIZE)
+        tl.store(k_cache + place, x, mask=i < SIZE)
+        x = tl.load(v + token * v_token + i, mask=i < SIZE)
+        tl.store(v_cache + place, x, mask=i < SIZE)
 """,
     "attention_kernel": """
     key = tile * TILE + tl.arange(0, TILE)
@@ -502,14 +501,16 @@ WRONG = {
     "slots_of_one_element": (5, 1, "written outside of the cache", kernel_but(
         "write_kv_kernel", "(slot // B) * c_block + (slot % B) * c_slot", "slot * c_block")),
     "v_is_k": (5, 1, "V: it is the other's cache", kernel_but(
-        "write_kv_kernel", "tl.load(v + token * v_token + head * v_head",
-        "tl.load(k + token * k_token + head * k_head")),
-    "dim_is_not_masked": (5, 1, "or it lands on the neighbours", kernel_but(
-        "write_kv_kernel", "head * k_head + d, mask=d < D)\n            tl.store(k_cache + place + "
-        "head * c_head, x, mask=d < D)", "head * k_head + d)\n            tl.store(k_cache + place "
-        "+ head * c_head, x)")),
+        "write_kv_kernel", "tl.load(v + token * v_token", "tl.load(k + token * k_token")),
+    "heads_lie_in_a_row": (5, 1, "heads first: wrong", kernel_but(
+        "write_kv_kernel", "(i // D) * c_head + i % D", "i")),
+    "all_heads_are_the_first": (5, 1, "head 0 is right", kernel_but(
+        "write_kv_kernel", "k + token * k_token + i", "k + token * k_token + i % D")),
+    "chunk_is_not_masked": (5, 1, "or it lands on the neighbours", kernel_but(
+        "write_kv_kernel", "tl.store(k_cache + place, x, mask=i < SIZE)",
+        "tl.store(k_cache + place, x)")),
     "strides_are_guessed": (5, 1, "use the strides that are given", kernel_but(
-        "write_kv_kernel", "tl.load(k + token * k_token", "tl.load(k + token * K * D")),
+        "write_kv_kernel", "tl.load(k + token * k_token", "tl.load(k + token * SIZE")),
     "padding_is_written": (5, 1, "slot -1 is the padding", kernel_but(
         "write_kv_kernel", "if slot >= 0:", "if slot >= -1:")),
     "no_shrink": (5, 2, "`y` and `total` are not shrunk", kernel_but(

@@ -16,10 +16,9 @@ from kernels import tl, triton  # noqa: F401
 
 
 @triton.jit
-def write_kv_kernel(k, v, k_cache, v_cache, slot_mapping, k_token, k_head, v_token, v_head,
-                    c_block, c_slot, c_head, B: tl.constexpr, K: tl.constexpr, D: tl.constexpr,
-                    HEADS: tl.constexpr, DIM: tl.constexpr):
-    """One program a token: all its heads (rows) and their numbers (columns) at once."""
+def write_kv_kernel(k, v, k_cache, v_cache, slot_mapping, k_token, v_token, c_block, c_slot, c_head,
+                    B: tl.constexpr, D: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr):
+    """One program a token: K * D = SIZE numbers, which in k and v are one row, head by head."""
     raise NotImplementedError("Lab 5, task 1: write a token's K and V to its slot")
 
 

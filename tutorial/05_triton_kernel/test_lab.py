@@ -103,13 +103,13 @@ def test_task_1(mine):
         expect(untouched(buffer), f"{what}: written outside of the cache: slot s begins at "
                "s // B * c_block + s % B * c_slot")
         expect(not same(cache[..., 0, :], written(cache, x, slots)[..., 0, :]),
-               f"{what}: head 0 is right, the others are not: c_head, k_head and v_head")
+               f"{what}: head 0 is right, the others are not: number i is of head i // D")
         expect(False, f"{what}: the cache holds other numbers, or in other slots")
     for (buffer, cache), x in write(mine, slots, num_heads=3, head_dim=12,
                                     what="3 heads of 12 numbers"):
         expect(same(cache, written(cache, x, slots)) and untouched(buffer),
-               "3 heads of 12 numbers: HEADS and DIM are 4 and 16, powers of two; what is beyond K "
-               "and D must be masked, or it lands on the neighbours")
+               "3 heads of 12 numbers: CHUNK is 64, a power of two; what is beyond SIZE = 36 must "
+               "be masked, or it lands on the neighbours")
     for (buffer, cache), x in write(mine, slots, swap=(1, 2), what="a cache with heads first"):
         expect(same(cache, written(cache, x, slots)) and untouched(buffer),
                "K and V that are views, in a cache that has a block's heads first: wrong; use the "
