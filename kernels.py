@@ -245,9 +245,9 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
 
 # The numbers that change from step to step; Triton would compile once more for those that are 1, or
 # a multiple of 16.
-@triton.jit(do_not_specialize=["num_seqs", "few", "least", "most_parts", "t_seq"])
+@triton.jit(do_not_specialize=["most_parts", "num_seqs", "few", "least", "t_seq"])
 def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out, part_y, part_lse,
-                     parts_of, num_seqs, few, least, most_parts, scale, q_token, q_head, c_block,
+                     parts_of, most_parts, num_seqs, few, least, scale, q_token, q_head, c_block,
                      c_slot, c_head, t_seq, o_token, o_head, G: tl.constexpr, D: tl.constexpr,
                      B: tl.constexpr, DIM: tl.constexpr, SEQS: tl.constexpr, ROWS: tl.constexpr,
                      QUERIES: tl.constexpr, TILE: tl.constexpr, PROMPT: tl.constexpr):
@@ -317,8 +317,8 @@ def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out
              mask=real & (num_parts == 1))
 
 
-@triton.jit(do_not_specialize=["num_seqs", "most_parts"])
-def merge_kernel(out, part_y, part_lse, parts_of, query_start, num_seqs, most_parts, o_token,
+@triton.jit(do_not_specialize=["most_parts", "num_seqs"])
+def merge_kernel(out, part_y, part_lse, parts_of, most_parts, query_start, num_seqs, o_token,
                  o_head, D: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr):
     """One row and head: the results of its parts, each weighted by its share of the softmax."""
     head, token, d = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.arange(0, DIM)
@@ -341,7 +341,8 @@ def attention_launches(T, S, K, G, dim, longest, max_query_len, short):
     T, S, K, G as everywhere; longest: tokens that a table has room for; short: a 16-bit type.
     Yields: the grid (KV heads, tiles, parts), few and least, attention_kernel's sizes, options.
     """
-    few = max(16 // G, 1)
+    # up to 512 sequences are looked through by one compiled kernel
+    few, seqs = max(16 // G, 1), max(512, triton.next_power_of_2(S))
     for prompt in [False, True][:1 + (max_query_len > few)]:
         rows = max(64 if prompt and short else 16, triton.next_power_of_2(G))
         queries, parts = rows // G, 1
@@ -359,7 +360,7 @@ def attention_launches(T, S, K, G, dim, longest, max_query_len, short):
         # beside a long prompt, the merge would look through too many rows
         if T <= 1024 and not (many and prompt):
             parts = min(MAX_PARTS, -(-programs // items), -(-longest // least))
-        yield ((K, tiles, parts), (few, least // tile), (rows, queries, tile, prompt),
+        yield ((K, tiles, parts), (few, least // tile), (seqs, rows, queries, tile, prompt),
                {"num_warps": warps, "num_stages": stages})
 
 
@@ -382,17 +383,15 @@ def paged_attention(q, k_cache, v_cache, block_tables, context_lens, query_start
     dim = max(16, triton.next_power_of_2(D))
     launches = [*attention_launches(T, S, K, G, dim, M * B, max_query_len, dtype != torch.float32)]
     most_parts = max(parts for (_, _, parts), *_ in launches)
-    part_lse, part_y = (q.new_empty(T * H * most_parts * n, dtype=torch.float32) for n in (1, dim))
-    parts_of = q.new_empty(T * H, dtype=torch.int32)
+    part_y, part_lse = (q.new_empty(T * H * most_parts * n, dtype=torch.float32) for n in (dim, 1))
+    results = part_y, part_lse, q.new_empty(T * H, dtype=torch.int32), most_parts
     for grid, scalars, sizes, options in launches:
         attention_kernel[grid](
-            q, k_cache, v_cache, block_tables, context_lens, query_start, out, part_y, part_lse,
-            parts_of, S, *scalars, most_parts, scale * math.log2(math.e), *q.stride()[:2],
-            *k_cache.stride()[:3], block_tables.stride(0), *out.stride()[:2], G, D, B, dim,
-            max(512, triton.next_power_of_2(S)), *sizes, **options)
+            q, k_cache, v_cache, block_tables, context_lens, query_start, out, *results, S,
+            *scalars, scale * math.log2(math.e), *q.stride()[:2], *k_cache.stride()[:3],
+            block_tables.stride(0), *out.stride()[:2], G, D, B, dim, *sizes, **options)
     if most_parts > 1:
-        merge_kernel[(H, T)](out, part_y, part_lse, parts_of, query_start, S, most_parts,
-                             *out.stride()[:2], D, dim, MAX_PARTS)
+        merge_kernel[(H, T)](out, *results, query_start, S, *out.stride()[:2], D, dim, MAX_PARTS)
     return out
 
 

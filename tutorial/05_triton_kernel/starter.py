@@ -22,9 +22,9 @@ def write_kv_kernel(k, v, k_cache, v_cache, slot_mapping, k_token, v_token, c_bl
     raise NotImplementedError("Lab 5, task 1: write a token's K and V to its slot")
 
 
-@triton.jit(do_not_specialize=["num_seqs", "few", "least", "most_parts", "t_seq"])
+@triton.jit(do_not_specialize=["most_parts", "num_seqs", "few", "least", "t_seq"])
 def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out, part_y, part_lse,
-                     parts_of, num_seqs, few, least, most_parts, scale, q_token, q_head, c_block,
+                     parts_of, most_parts, num_seqs, few, least, scale, q_token, q_head, c_block,
                      c_slot, c_head, t_seq, o_token, o_head, G: tl.constexpr, D: tl.constexpr,
                      B: tl.constexpr, DIM: tl.constexpr, SEQS: tl.constexpr, ROWS: tl.constexpr,
                      QUERIES: tl.constexpr, TILE: tl.constexpr, PROMPT: tl.constexpr):
@@ -81,8 +81,8 @@ def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out
              mask=real & (num_parts == 1))
 
 
-@triton.jit(do_not_specialize=["num_seqs", "most_parts"])
-def merge_kernel(out, part_y, part_lse, parts_of, query_start, num_seqs, most_parts, o_token,
+@triton.jit(do_not_specialize=["most_parts", "num_seqs"])
+def merge_kernel(out, part_y, part_lse, parts_of, most_parts, query_start, num_seqs, o_token,
                  o_head, D: tl.constexpr, DIM: tl.constexpr, PARTS: tl.constexpr):
     """One row and head: the results of its parts, each weighted by its share of the softmax."""
     raise NotImplementedError("Lab 5, task 3: join the results of parts")

@@ -248,7 +248,7 @@ def merge(mine, lses, head_dim=8, rows=None, swap=None):
     start = torch.tensor([0, T if rows is None else rows], dtype=torch.int32)
     counts = torch.tensor([len(lse) for lse in lses], dtype=torch.int32)
     with in_kernels():
-        mine.merge_kernel[(H, T)](out, part_y, part_lse, counts, start, 1, most, *out.stride()[:2],
+        mine.merge_kernel[(H, T)](out, part_y, part_lse, counts, most, start, 1, *out.stride()[:2],
                                   D, DIM, 8)
     results = {}
     for name in ("", "equal", "base e", "not divided", "raw"):
