@@ -89,7 +89,7 @@ def check_arguments(device, dtype, **arguments):
     if device.type not in ("cuda", "cpu")[:1 + INTERPRETED] or not hasattr(triton, "cdiv"):
         raise ValueError(f"no Triton on {device}: set TRITON_INTERPRET=1, or call the _reference")
     for name, (x, shape, *strides) in arguments.items():
-        wanted = [dtype, shape, device, *(strides or [(*x.stride()[:-1], 1)])]
+        wanted = [dtype, tuple(shape), device, *(strides or [(*x.stride()[:-1], 1)])]
         if (given := [x.dtype, tuple(x.shape), x.device, x.stride()]) != wanted:
             raise ValueError(f"{name} must be {wanted} (dtype, shape, device, strides); is {given}")
 
@@ -126,8 +126,8 @@ def write_kv(k, v, k_cache, v_cache, slot_mapping):
     """
     (T, K, D), (N, B) = k.shape, k_cache.shape[:2]
     check_arguments(k.device, k.dtype, k=(k, (T, K, D), (k.stride(0), D, 1)),
-                    v=(v, (T, K, D), (v.stride(0), D, 1)), k_cache=(k_cache, (N, B, K, D)),
-                    v_cache=(v_cache, (N, B, K, D), k_cache.stride()))
+                    v=(v, k.shape, (v.stride(0), D, 1)), k_cache=(k_cache, (N, B, K, D)),
+                    v_cache=(v_cache, k_cache.shape, k_cache.stride()))
     check_arguments(k.device, torch.int64, slot_mapping=(slot_mapping, (T,)))
     write_kv_kernel[(T,)](k, v, k_cache, v_cache, slot_mapping, k.stride(0), v.stride(0),
                           *k_cache.stride()[:3], B, D, K * D, triton.next_power_of_2(K * D))
@@ -375,9 +375,8 @@ def paged_attention(q, k_cache, v_cache, block_tables, context_lens, query_start
     (T, H, D), (N, B, K, _), (S, M) = q.shape, k_cache.shape, block_tables.shape
     dtype = q.dtype if q.dtype in (torch.float16, torch.bfloat16) else torch.float32
     out, G = torch.empty_like(q) if out is None else out, H // K
-    check_arguments(q.device, dtype, q=(q, (T, K * G, D)), out=(out, (T, H, D)),
-                    k_cache=(k_cache, (N, B, K, D)),
-                    v_cache=(v_cache, (N, B, K, D), k_cache.stride()))
+    check_arguments(q.device, dtype, q=(q, (T, K * G, D)), k_cache=(k_cache, (N, B, K, D)),
+                    out=(out, q.shape), v_cache=(v_cache, k_cache.shape, k_cache.stride()))
     check_arguments(q.device, torch.int32, block_tables=(block_tables, (S, M)),
                     context_lens=(context_lens, (S,)), query_start=(query_start, (S + 1,)))
     dim = max(16, triton.next_power_of_2(D))
