@@ -327,8 +327,7 @@ OPTIONS = {"individual_digits": [True], "behavior": ["Isolated"], **dict.fromkey
 
 # Byte-level files spell each byte as one printable character: printable bytes as themselves, the
 # other 68 as the characters from 256 on, in order. (Themselves will do for all when we read it.)
-BYTE_OF = {chr(b): b for b in range(256)}
-BYTE_OF |= {chr(256 + i): b for i, b in enumerate([*range(33), *range(127, 161), 173])}
+BYTE_OF = {chr(i): b for i, b in enumerate([*range(256), *range(33), *range(127, 161), 173])}
 
 
 def split_text(text, patterns):
