@@ -330,13 +330,11 @@ OPTIONS = {"individual_digits": [True], "behavior": ["Isolated"], **dict.fromkey
 BYTE_OF = {chr(i): b for i, b in enumerate([*range(256), *range(33), *range(127, 161), 173])}
 
 
-def split_text(text, patterns):
-    """The matches of the first pattern and what lies between, each split by the other patterns."""
-    if not patterns:
-        return [text]
-    ends = [0, *(at for m in re.finditer(patterns[0], text) for at in m.span()), len(text)]
-    return [piece for a, b in itertools.pairwise(ends) if a < b
-            for piece in split_text(text[a:b], patterns[1:])]
+def split_text(text, pattern="(?!)", *others):
+    """The matches of a pattern and what lies between, each split by the other patterns."""
+    ends = [0, *(at for m in re.finditer(pattern, text) for at in m.span()), len(text)]
+    pieces = [text[a:b] for a, b in itertools.pairwise(ends) if a < b]
+    return [part for piece in pieces for part in split_text(piece, *others)] if others else pieces
 
 
 class Tokenizer:
@@ -439,7 +437,7 @@ class Tokenizer:
         # Sorted backwards, a token comes after those that it starts. "(?!)" matches nothing.
         pattern = "|".join(map(re.escape, sorted(known, reverse=True))) or "(?!)"
         ids = list(self.prefix) if add_special_tokens else []
-        for i, piece in enumerate(split_text(text, [pattern])):
+        for i, piece in enumerate(split_text(text, pattern)):
             ids += [known[piece]] if piece in known else self._encode_ordinary(piece, i == 0)
         return ids
 
@@ -448,7 +446,7 @@ class Tokenizer:
         text = text.replace("▁", " ") if self.first_space else text
         bare = text[0] != " "
         spaces = {"each": 1, "always": bare, "first": bare and at_start}.get(self.first_space, 0)
-        return [i for piece in split_text(" " * spaces + text, self.patterns)
+        return [i for piece in split_text(" " * spaces + text, *self.patterns)
                 for rank in self.bpe.encode_ordinary(piece) for i in self.ids_of_rank[rank]]
 
     def token_bytes(self, token_id):
