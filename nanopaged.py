@@ -1428,8 +1428,7 @@ class LLM:
                  enforce_eager=False):
         """Load a model and set its KV cache aside: see the class."""
         check_all(locals(), LIMITS, optional=("num_blocks", "max_model_len"))
-        require(preemption != "swap" or swap_blocks, "swap_blocks", swap_blocks,
-                "above 0 for preemption='swap'")
+        require(swap_blocks or preemption != "swap", "swap_blocks", 0, "above 0 to preempt by swap")
         device = DEVICES[0] if device == "auto" else device
         folder = find_model(model)
         c = load_config(folder)
