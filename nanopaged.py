@@ -1468,9 +1468,8 @@ class LLM:
         params = params if isinstance(params, list | tuple) else [params] * len(prompts)
         require(len(params) == len(prompts), "number of sampling_params", len(params), len(prompts))
         request_ids, finished = [], {}
-        try:
-            for prompt, p in zip(prompts, params, strict=True):
-                request_ids.append(self.engine.add_request(prompt, p))
+        try:                                       # if one is refused, those before it are listed
+            request_ids.extend(map(self.engine.add_request, prompts, params))
             while any(request_id not in finished for request_id in request_ids):
                 finished |= {out.request_id: out for out in self.engine.step(only_finished=True)}
         finally:                                   # after an error or Ctrl-C nothing is left over
