@@ -1447,11 +1447,10 @@ class LLM:
                               preemption, max_num_seqs, max_num_batched_tokens)
         self.engine = Engine(scheduler, decoder, self.tokenizer, kv_cache, swap_cache,
                              enable_prefix_caching, max_model_len or longest, seed)
-        if graphs:
-            # in the mode of step(): in another one torch would compile again
-            with torch.inference_mode(), reading("CUDA graphs; lower gpu_memory_utilization"):
-                self.engine.graphs = kernels.DecodeGraphs(
-                    decoder, kv_cache, scheduler.max_num_seqs, self.engine.max_model_len)
+        # in the mode of step(): in another one torch would compile again
+        with torch.inference_mode(), reading("CUDA graphs; lower gpu_memory_utilization"):
+            self.engine.graphs = graphs and kernels.DecodeGraphs(
+                decoder, kv_cache, scheduler.max_num_seqs, self.engine.max_model_len)
         self.stats = self.engine.stats             # a function: llm.stats()
 
     def generate(self, prompts, sampling_params=None):
