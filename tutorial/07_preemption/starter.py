@@ -83,9 +83,8 @@ class BlockPool:
         written = seq.block_table[seq.num_kv // self.block_size:]
         if written and self.ref_count[written[0]] > 1:
             # A shared block that is written is the last: nobody is forked with blocks ahead.
-            shared = seq.block_table.pop()         # the others go on reading it
-            self.ref_count[shared] -= 1
-            self.copies.append((shared, taken[0]))
+            self.ref_count[written[0]] -= 1        # the others go on reading it
+            self.copies.append((seq.block_table.pop(), taken[0]))
         self.hold(seq, taken, seq.num_kv)
 
     def fork(self, parent, child):
