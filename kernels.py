@@ -17,10 +17,9 @@ pool, B block size, H query heads, K KV heads, G = H / K, D head_dim, L layers. 
 """
 
 import functools
-import math
 import os
 from contextlib import suppress
-from itertools import accumulate, zip_longest
+from itertools import accumulate, compress, zip_longest
 from types import SimpleNamespace
 
 import torch
@@ -356,7 +355,7 @@ def attention_launches(T, S, K, G, dim, longest, max_query_len, short):
         else:                  # where programs are few, each needs more on its way
             tile, warps, stages = (64, 2, 2) if many and dim <= 128 else (32, 2, 3)
         # where they are many, most have nothing to do; least: tokens of a part
-        programs, least = (16384, 4096) if many else (2 * NUM_SMS, 64)
+        programs, least = (16384, 4096) if many else (2 * NUM_SMS, 64 if prompt else tile)
         # beside a long prompt, the merge would look through too many rows
         if T <= 1024 and not (many and prompt):
             parts = min(MAX_PARTS, -(-programs // items), -(-longest // least))
@@ -385,9 +384,9 @@ def paged_attention(q, k_cache, v_cache, block_tables, context_lens, query_start
     part_y, part_lse = (q.new_empty(T * H * most_parts * n, dtype=torch.float32) for n in (dim, 1))
     results = part_y, part_lse, q.new_empty(T * H, dtype=torch.int32), most_parts
     for grid, scalars, sizes, options in launches:
-        attention_kernel[grid](
+        attention_kernel[grid](                # scale * log2(e), as it works with powers of 2
             q, k_cache, v_cache, block_tables, context_lens, query_start, out, *results, S,
-            *scalars, scale * math.log2(math.e), *q.stride()[:2], *k_cache.stride()[:3],
+            *scalars, scale * 1.4426950408889634, *q.stride()[:2], *k_cache.stride()[:3],
             block_tables.stride(0), *out.stride()[:2], G, D, B, dim, *sizes, **options)
     if most_parts > 1:
         merge_kernel[(H, T)](out, *results, query_start, S, *out.stride()[:2], D, dim, MAX_PARTS)
@@ -410,48 +409,90 @@ def flat_batch(rows, block_size, device):
     ids, firsts, tables, wanted = zip(*rows, strict=True)
     spans = [range(first, first + len(new)) for first, new in zip(firsts, ids, strict=True)]
     ends = [*accumulate(map(len, ids), initial=0)]
-    tensor = functools.partial(upload, device=device)
-    int32 = functools.partial(tensor, dtype=torch.int32)
-    maps = {"context_lens": int32([span.stop for span in spans]),     # (S,) this step's included
-            "query_start": int32(ends),                 # (S+1,) row of each's first token, and T
+    maps = {"context_lens": [span.stop for span in spans],            # (S,) this step's included
+            "query_start": ends,                        # (S+1,) row of each's first token, and T
             # (S, M): all as long as the longest
-            "block_tables": int32([*zip(*zip_longest(*tables, fillvalue=0), strict=True)])}
+            "block_tables": [*zip(*zip_longest(*tables, fillvalue=0), strict=True)]}
+    maps = {name: upload(values, device, torch.int32) for name, values in maps.items()}
     write, attention = ((write_kv, paged_attention) if device.type == "cuda" else
                         (write_kv_reference, paged_attention_reference))
     return SimpleNamespace(
-        input_ids=tensor([token_id for new in ids for token_id in new]),                     # (T,)
-        positions=tensor([i for span in spans for i in span]),        # (T,) in the token's own text
+        input_ids=upload([token_id for new in ids for token_id in new], device),             # (T,)
+        positions=upload([i for span in spans for i in span], device),     # (T,) in their own texts
         # (T,) where K and V go
-        slot_mapping=tensor([table[i // block_size] * block_size + i % block_size
-                             for table, span in zip(tables, spans, strict=True) for i in span]),
-        last_rows=tensor([end - 1 for end, wants in zip(ends[1:], wanted, strict=True) if wants]),
+        slot_mapping=upload([table[i // block_size] * block_size + i % block_size for table, span
+                             in zip(tables, spans, strict=True) for i in span], device),
+        last_rows=upload([end - 1 for end in compress(ends[1:], wanted)], device),
         write_kv=write, **maps,
         attend=functools.partial(attention, **maps, max_query_len=max(map(len, ids))))
 
 
-def rope_frequencies(head_dim, rope):
-    """Radians a position for each of the D/2 rotated pairs (Su et al. 2021) -> (D/2,) float32.
+def linear_reference(x, matrix, norm=None, rope=None, heads=(), activation=None, residual=None):
+    """A matrix with all that stands around it in a layer: x (T, K) -> (T, N).
 
-    rope: config.json's rope_theta and rope_type, and the settings of that type.
+    First `norm` of x, then the product. Then either rope, as cos and sin, each (T, 1, D/2): the
+    product is heads of q, k, v, as many as `heads` says, and each pair (i, i + D/2) of q and k
+    turns by its token's angle (Su et al. 2021). Or an activation, after which it may be narrower;
+    or a residual (T, N) is added.
     """
-    frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
-    slowed = frequency / (1 if rope["rope_type"] == "default" else rope["factor"])
-    if rope["rope_type"] != "llama3":              # "linear" slows all pairs alike
-        return slowed
-    # LLaMA-3.1: pairs that turn often within the original context stay, slow ones are slowed,
-    # and between the two limits the two are mixed.
-    turns = rope["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    return torch.lerp(slowed, frequency, ((turns - low) / (high - low)).clamp(0, 1))
+    y = matrix(x if norm is None else norm(x))
+    if rope:
+        qk, v = y.unflatten(1, (sum(heads), -1)).split((sum(heads[:2]), heads[2]), dim=1)
+        (a, b), (cos, sin) = qk.chunk(2, dim=2), rope
+        qk = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=2)      # (T, H + K, D)
+        y = torch.cat((qk, v), dim=1).flatten(1)
+    y = activation(y) if activation else y
+    return y if residual is None else residual + y
 
 
-def rotate_reference(x, cos, sin):
-    """Turn each pair (x[i], x[i + D/2]) by its token's angle: rotary positions (Su et al. 2021).
+# ---- one row times a matrix ---------------------------------------------------------------------
+# Why: a single request decodes one row at a time. Reading the matrices is then all that counts, and
+# between two of them the GPU should not stop: each kernel that only norms, turns or adds a few
+# thousand numbers costs 2 us, where all the matrices of a layer take 45 (1B model, H100). So one
+# kernel does the product and what stands around it. A program reads two rows of the matrix, all of
+# them on their way at once, while it norms x, which every program does for itself:
+#
+#   which two                        what becomes of their products a and b
+#   i and i + D / 2 of a q, k head   turned by rope: a cos - b sin, b cos + a sin; of v: as they are
+#   i of gate, i of up               silu(a) * b
+#   neighbours                       as they are, the residual added
+#
+# More rows than one go to cuBLAS, and what stands around it is left to torch's compiler.
 
-    Shapes: x (T, heads, D); cos, sin (T, 1, D/2) -> (T, heads, D).
-    """
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+@triton.jit
+def linear_kernel(x, gain, weight, cos, sin, residual, out, eps, num_out, apart, num_turned,
+                  K: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr):
+    """Two rows of the matrix, `apart` from each other: see the table above."""
+    pid, k = tl.program_id(0), tl.arange(0, WIDTH)[None, :]
+    # where the number of rows is odd, the last one stands for two
+    row = tl.minimum(pid // apart * 2 * apart + pid % apart + tl.arange(0, 2) * apart, num_out - 1)
+    weights = tl.load(weight + row.to(tl.int64)[:, None] * K + k, mask=k < K, other=0.0)
+    xs = tl.load(x + k, mask=k < K, other=0.0).to(tl.float32)
+    if gain is not None:
+        xs *= tl.rsqrt(tl.sum(xs * xs) / K + eps) * tl.load(gain + k, mask=k < K, other=0.0)
+    y = tl.sum(weights * xs, 1)
+    a, b = tl.split(y)
+    if pid // apart < num_turned:             # a head of q or k
+        c, s = tl.load(cos + pid % apart), tl.load(sin + pid % apart)
+        y = tl.join(a * c - b * s, b * c + a * s)
+    if GATED:
+        row, y = pid, a * tl.sigmoid(a) * b
+    if residual is not None:
+        y += tl.load(residual + row)
+    tl.store(out + row, y)
+
+
+def linear(x, matrix, norm=None, rope=None, heads=(), activation=None, residual=None):
+    """linear_reference of one row, in one launch; by RMSNorm, gate, and without bias."""
+    (N, K), (cos, sin) = matrix.weight.shape, rope or (x, x)       # which is then not read
+    check_arguments(x.device, x.dtype, x=(x, (1, K)), matrix=(matrix.weight, (N, K), (K, 1)))
+    apart = N // 2 if activation else cos.shape[2] if rope else 1
+    out = x.new_empty(1, N // 2 if activation else N)
+    linear_kernel[(triton.cdiv(N, 2),)](
+        x, norm and norm.weight, matrix.weight, cos, sin, residual, out, norm and norm.eps, N,
+        apart, sum(heads[:2]), K, triton.next_power_of_2(K), activation is not None, num_warps=8)
+    return out
 
 
 def random_bits_reference(seeds, counters):
@@ -495,7 +536,7 @@ def sample_reference(logits, cut, seeds, positions, temperature, top_p, top_k, m
     scores = logits / temperature.clamp(min=1e-6).float()
     if cut:
         left = cut_probs_reference(scores.softmax(-1), top_p, top_k, min_p)
-        scores = scores.masked_fill(left == 0, -math.inf)
+        scores = scores.masked_fill(left == 0, -torch.inf)
     token_ids = torch.arange(logits.shape[1], device=logits.device)
     # u in [0, 1], precise near 0: as times, -log(1 - u), the shortest win
     bits = random_bits_reference(random_bits_reference(seeds, positions), token_ids)
@@ -516,17 +557,6 @@ def draw_reference(logits, *options):
     return torch.stack((tokens.double(), logprobs.double()))
 
 
-def top_logprobs_reference(logprobs, row, token_id, num):
-    """The row's chosen token and its `num` likeliest -> {token_id: logprob}; None for num None.
-
-    Shapes: logprobs (S, V). Each row by itself: where values tie, topk of another num, or a batch,
-    may pick others.
-    """
-    if num is not None:
-        token_ids = [token_id, *logprobs[row].topk(min(num, logprobs.shape[1])).indices.tolist()]
-        return dict(zip(token_ids, logprobs[row, token_ids].tolist(), strict=True))
-
-
 class DecodeGraphs:
     """The model, and a draw from its logits; where each sequence has one token, as a CUDA graph.
 
@@ -541,9 +571,9 @@ class DecodeGraphs:
         self.draw = torch.compile(draw_reference, dynamic=True, options={
             "realize_opcount_threshold": 1000})    # all in one pass, the scores never in memory
         self.block_size = B = kv_cache.shape[3]
-        # 2, 3, 4, 6, 8, 12, ..., up to the first that takes all. (1 would be compiled for itself.)
-        for size in (n << i for i in range(max_num_seqs.bit_length()) for n in (2, 3)
-                     if n + 1 << i < 2 * max(max_num_seqs, 2)):
+        # 1, 2, 3, 4, 6, 8, 12, ..., up to the first that takes all
+        for size in (1, *(n << i for i in range(max_num_seqs.bit_length()) for n in (2, 3)
+                          if n + 1 << i < 2 * max_num_seqs)):
             rows = [([0], 0, [0] * -(-max_model_len // B), True)] * size
             batch = flat_batch(rows, B, kv_cache.device)
             model(batch, kv_cache)                 # compiles, which no capture may contain
@@ -556,8 +586,8 @@ class DecodeGraphs:
                 batch.positions += alive
                 batch.context_lens += alive
             self.graphs[size] = graph, batch, logits
-            positions, option = batch.positions[:, None], logits[:, :1].double()
-            self.draw(logits, False, positions.clone(), positions, *[option] * 4)
+            keys, options = [batch.positions[:, None]] * 2, [logits[:, :1].double()] * 4
+            self.run_ahead(rows, None, 1, False, *keys, *options)      # compiles the draw
 
     def load(self, batch):
         """Put a batch where the smallest graph works that takes it -> graph, its batch, logits."""
@@ -587,12 +617,14 @@ class DecodeGraphs:
         if sources is not None:                    # the last call left them where its graph reads
             batch.input_ids = self.memory.input_ids[upload(sources, seeds.device)]
         graph, self.memory, logits = self.load(batch)
-        seeds, *options = (F.pad(x, (0, 0, 0, len(logits) - len(x))) for x in (seeds, *options))
+        padding = 0, 0, 0, len(logits) - len(seeds)
+        # view: the strides for which it was compiled, also where one row comes as part of a table
+        seeds, *options = (F.pad(x, padding).view(-1, 1) for x in (seeds, *options))
         # The positions are the graph's own, which move on.
         draw, positions = draw_reference if cut else self.draw, self.memory.positions[:, None]
         for _ in range(num_steps):
             graph.replay()
-            drawn = draw(logits, cut, seeds, positions, *options)
-            self.memory.input_ids.copy_(drawn[0])
-            steps.append(drawn.to("cpu", non_blocking=True))
+            steps.append(draw(logits, cut, seeds, positions, *options))
+            self.memory.input_ids.copy_(steps[-1][0])
+        steps = torch.stack(steps).to("cpu", non_blocking=True)
         return steps, torch.cuda.current_stream().record_event()

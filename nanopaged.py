@@ -884,11 +884,12 @@ class Scheduler:
             self.counts["preemptions_recompute"] += 1
         self.waiting.appendleft(group)             # it arrived before all that wait
 
-    def finish(self, group):
-        """Take a group out, wherever it is, and its blocks back."""
-        runs = group in self.running
-        (self.running if runs else self.waiting).remove(group)
-        (self.pool if runs else self.swap_pool).free(*group.seqs)
+    def finish(self, *groups):
+        """Take groups out, wherever they are, and their blocks back."""
+        for group in groups:
+            runs = group in self.running
+            (self.running if runs else self.waiting).remove(group)
+            (self.pool if runs else self.swap_pool).free(*group.seqs)
 
 
 # ================================================================================================
@@ -924,7 +925,30 @@ def make_batch(scheduled, block_size, device):
 #      LLaMA      RoPE, on each q and k    RMSNorm     silu(gate) * up         none, mostly
 # ================================================================================================
 
-NORMS = {"gpt2": nn.LayerNorm, "llama": nn.RMSNorm}
+def rope_frequencies(head_dim, rope):
+    """Radians a position for each of the D/2 rotated pairs (Su et al. 2021) -> (D/2,) float32.
+
+    rope: config.json's rope_theta and rope_type, and the settings of that type.
+    """
+    frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    slowed = frequency / (1 if rope["rope_type"] == "default" else rope["factor"])
+    if rope["rope_type"] != "llama3":              # "linear" slows all pairs alike
+        return slowed
+    # LLaMA-3.1: pairs that turn often within the original context stay, slow ones are slowed,
+    # and between the two limits the two are mixed.
+    turns = rope["original_max_position_embeddings"] * frequency / (2 * torch.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    return torch.lerp(slowed, frequency, ((turns - low) / (high - low)).clamp(0, 1))
+
+
+def gate_and_up(x):
+    """LLaMA's activation: silu(gate) * up, of x (T, 2I), which is both side by side -> (T, I)."""
+    gate, up = x.chunk(2, dim=-1)
+    return nn.functional.silu(gate) * up
+
+
+# norm, activation
+PARTS = {"gpt2": (nn.LayerNorm, nn.GELU("tanh")), "llama": (nn.RMSNorm, gate_and_up)}
 
 
 # Left as it was allocated: first values would be lost work, as a checkpoint brings others. (torch's
@@ -937,33 +961,29 @@ class Layer(nn.Module):
 
     def __init__(self, c, **factory):
         super().__init__()
-        self.config, self.heads = c, (c.num_attention_heads, c.num_key_value_heads)
-        q, k = (heads * c.head_dim for heads in self.heads)
+        self.heads = c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads
+        q, k, _ = (heads * c.head_dim for heads in self.heads)
         inner, up = c.intermediate_size, c.intermediate_size * (1 if c.family == "gpt2" else 2)
         # Whose the rows of a matrix are that LLaMA's files hold in parts.
         self.rows = {"qkv": {"q": q, "k": k, "v": k}, "up": {"gate": inner, "up": inner}}
-        self.attn_norm = NORMS[c.family](c.hidden_size, c.rms_norm_eps, **factory)
+        norm, self.activation = PARTS[c.family]
+        self.attn_norm = norm(c.hidden_size, c.rms_norm_eps, **factory)
         self.qkv = Linear(c.hidden_size, q + 2 * k, c.attention_bias, **factory)
         self.o = Linear(q, c.hidden_size, c.attention_bias, **factory)
-        self.mlp_norm = NORMS[c.family](c.hidden_size, c.rms_norm_eps, **factory)
+        self.mlp_norm = norm(c.hidden_size, c.rms_norm_eps, **factory)
         self.up = Linear(c.hidden_size, up, c.mlp_bias, **factory)
         self.down = Linear(inner, c.hidden_size, c.mlp_bias, **factory)
 
-    def before_attention(self, x, rope):
+    def before_attention(self, x, rope, linear):
         """x (T, E) -> q (T, H, D); k, v (T, K, D)."""
-        qkv = self.qkv(self.attn_norm(x)).unflatten(1, (-1, self.config.head_dim))
-        qk, v = qkv.split((sum(self.heads), self.heads[1]), dim=1)         # (T, H+K, D), (T, K, D)
-        qk = kernels.rotate_reference(qk, *rope) if rope else qk
-        return *qk.split(self.heads, dim=1), v
+        qkv = linear(x, self.qkv, norm=self.attn_norm, rope=rope, heads=self.heads)
+        return qkv.unflatten(1, (sum(self.heads), -1)).split(self.heads, dim=1)
 
-    def after_attention(self, x, y):
+    def after_attention(self, x, y, linear):
         """x (T, E), and what its heads have read: y (T, H, D) -> (T, E)."""
-        x = x + self.o(y.flatten(1))
-        h = self.up(self.mlp_norm(x))
-        if self.config.family == "gpt2":
-            return x + self.down(nn.functional.gelu(h, approximate="tanh"))
-        gate, up = h.chunk(2, dim=-1)
-        return x + self.down(nn.functional.silu(gate) * up)
+        x = linear(y.flatten(1), self.o, residual=x)
+        h = linear(x, self.up, norm=self.mlp_norm, activation=self.activation)
+        return linear(h, self.down, residual=x)
 
 
 class Decoder(nn.Module):
@@ -977,12 +997,15 @@ class Decoder(nn.Module):
         if c.family == "gpt2":
             self.embed_positions = Linear(width, c.max_position_embeddings, False, **factory)
         self.layers = nn.ModuleList(Layer(c, **factory) for _ in range(c.num_hidden_layers))
-        # the two halves of a layer, taken as functions: load_model() may have them compiled
-        self.before, self.after = Layer.before_attention, Layer.after_attention
-        self.norm = NORMS[c.family](width, c.rms_norm_eps, **factory)
+        # The two halves of a layer, as functions, and their products: for many rows, which
+        # load_model() may have compiled, and for one. On a GPU LLaMA without biases has a kernel.
+        fused = factory["device"] == "cuda" and not (c.attention_bias or c.mlp_bias)
+        self.halves = Layer.before_attention, Layer.after_attention, kernels.linear_reference
+        self.halves_of_one = *self.halves[:2], kernels.linear if fused else self.halves[2]
+        self.norm = PARTS[c.family][0](width, c.rms_norm_eps, **factory)
         self.lm_head = (self.embed_tokens if c.tie_word_embeddings else
                         Linear(width, c.vocab_size, False, **factory))
-        self.frequencies = kernels.rope_frequencies(c.head_dim, vars(c)).to(factory["device"])
+        self.frequencies = rope_frequencies(c.head_dim, vars(c)).to(factory["device"])
         require(self.frequencies.isfinite().all(), "factor", getattr(c, "factor", None), "above 0")
 
     def forward(self, batch, kv_cache):
@@ -996,13 +1019,14 @@ class Decoder(nn.Module):
         else:   # the angles are computed in float32 and once a step, not once a layer
             angle = batch.positions[:, None, None] * self.frequencies      # (T, 1, D/2)
             rope = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        before, after, linear = self.halves if len(x) > 1 else self.halves_of_one
         for layer, (k_cache, v_cache) in zip(self.layers, kv_cache, strict=True):
-            q, k, v = self.before(layer, x, rope)
+            q, k, v = before(layer, x, rope, linear)
             batch.write_kv(k, v, k_cache, v_cache, batch.slot_mapping)
             y = batch.attend(q, k_cache, v_cache, scale=self.config.head_dim ** -0.5)  # (T, H, D)
-            x = self.after(layer, x, y)
+            x = after(layer, x, y, linear)
         # the vocabulary is the widest matrix: only rows that are sampled meet it
-        return self.lm_head(self.norm(x[batch.last_rows]))
+        return linear(x[batch.last_rows], self.lm_head, norm=self.norm)
 
     def checkpoint_views(self):
         """{name in the checkpoint: the part of our parameters that it fills}, in its own shape.
@@ -1048,8 +1072,8 @@ def load_model(config, folder, device, dtype, load_format="auto", compiled=False
     else:
         load_tensors(folder, model.checkpoint_views())
     if compiled:                                   # functions: a bound method would hold its layer
-        model.before = torch.compile(model.before, dynamic=True)
-        model.after = torch.compile(model.after, dynamic=True)
+        halves = (torch.compile(half, dynamic=True) for half in model.halves[:2])
+        model.halves = *halves, model.halves[2]
     return model
 
 
@@ -1086,7 +1110,7 @@ def sample(logits, seqs):
               if any(p.temperature for p in params) else logits.argmax(-1))
     chosen = logprobs.gather(1, tokens[:, None])[:, 0]
     rows = enumerate(zip(tokens.tolist(), chosen.tolist(), params, strict=True))
-    return [(token, logprob, kernels.top_logprobs_reference(logprobs, row, token, p.logprobs))
+    return [(token, logprob, top_logprobs(logprobs, row, token, p.logprobs))
             for row, (token, logprob, p) in rows]
 
 
@@ -1100,6 +1124,17 @@ def largest_step(model, kv_cache, num_seqs, num_tokens):
     batch = make_batch([(seq, seq.num_tokens)] * num_seqs, kv_cache.shape[3], kv_cache.device)
     with reading("the largest step; lower max_num_seqs or max_num_batched_tokens"):
         sample(model(batch, kv_cache).float(), [seq] * num_seqs)
+
+
+def top_logprobs(logprobs, row, token_id, num):
+    """The row's chosen token and its `num` likeliest -> {token_id: logprob}; None for num None.
+
+    Shapes: logprobs (S, V). Each row by itself: where values tie, topk of another num, or a batch,
+    may pick others.
+    """
+    if num is not None:
+        token_ids = [token_id, *logprobs[row].topk(min(num, logprobs.shape[1])).indices.tolist()]
+        return dict(zip(token_ids, logprobs[row, token_ids].tolist(), strict=True))
 
 
 def beam_score(seq, num_generated=None):
@@ -1187,8 +1222,7 @@ class Engine:
         """Drop requests and free their blocks; False if none was there (any more)."""
         found = [group for group in [*self.scheduler.running, *self.scheduler.waiting]
                  if group.request_id in request_ids]
-        for group in found:
-            self.scheduler.finish(group)
+        self.scheduler.finish(*found)
         return bool(found)
 
     def has_unfinished_requests(self):
@@ -1215,8 +1249,7 @@ class Engine:
                 watch(self)
         for group in moved:
             self.pool.free(*(seq for seq in group.seqs if seq.finish_reason))  # siblings may go on
-            if not group.unfinished():
-                self.scheduler.finish(group)
+        self.scheduler.finish(*(group for group in moved if not group.unfinished()))
         self.flight = following
         return [g.output() for g in moved if not (only_finished and g.unfinished())]
 
@@ -1380,9 +1413,10 @@ class Engine:
         """Counters since the start.
 
         The kv_ shares are of all slots in held blocks, summed over the steps: internal ones were
-        left empty by a sequence that finished, reserved are all other empty ones, external is
-        memory between pieces. blocks_saved is the mean share of table rows that needed no block of
-        their own (1 - physical / logical: the paper's Fig 15), mean_running that of Fig 13.
+        left empty by a sequence that finished, reserved are all other empty ones; external is
+        memory between pieces, of which there is none as all have one size. blocks_saved is the mean
+        share of table rows that needed no block of their own (1 - physical / logical: the paper's
+        Fig 15), mean_running that of Fig 13.
         """
         c, slots, steps = self.counts, max(1, self.counts["slots"]), max(1, self.counts["steps"])
         names = ("steps", "computed_tokens", "generated_tokens", "cached_tokens", "copied_blocks",
@@ -1392,8 +1426,7 @@ class Engine:
                 "num_blocks": self.pool.num_blocks, "block_size": self.pool.block_size,
                 "blocks_used": self.pool.num_blocks - self.pool.num_free,
                 "kv_tokens": 1 - c["unused"] / slots, "kv_internal": c["never_used"] / slots,
-                "kv_reserved": (c["unused"] - c["never_used"]) / slots,
-                "kv_external": 0.0}                # all pieces have one size
+                "kv_reserved": (c["unused"] - c["never_used"]) / slots, "kv_external": 0.0}
 
 
 # ================================================================================================

@@ -372,7 +372,7 @@ def test_a_draw_is_called_as_it_was_compiled(ahead):
     graphs, draw = llm.engine.graphs, llm.engine.graphs.draw
 
     def spy(logits, cut, keys, *options):
-        assert not cut and len(logits) == len(keys) > 1
+        assert not cut and len(logits) == len(keys)
         strides.update(x.stride() for x in (keys, *options))
         return draw(logits, cut, keys, *options)
 
@@ -400,7 +400,7 @@ def test_a_compiled_model_goes_when_nobody_holds_it():
 def test_a_compiled_draw_is_the_plain_one():
     """The compiler rounds otherwise, and other tokens win; a CPU draws others than a GPU."""
     draw = torch.compile(kernels.draw_reference, dynamic=True)
-    for num_rows, size in ((2, 1000), (64, 1000), (33, 50_257), (256, 128_256)):
+    for num_rows, size in ((1, 1000), (2, 1000), (33, 50_257), (256, 128_256)):
         logits = 3 * torch.randn(num_rows, size, generator=torch.Generator().manual_seed(size))
         llm = golden_llm(MODEL)
         for i in range(num_rows):

@@ -3,6 +3,7 @@
 The kernels run on a GPU where there is one, else in Triton's interpreter (see conftest.py).
 """
 
+import copy
 import functools
 import itertools
 import math
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import kernels
+import nanopaged
 
 # Inputs are the same rounded numbers on both sides, so what is left is the arithmetic: sums of at
 # most a few hundred products of unit size in float32; one rounding of softmax weights and of the
@@ -563,6 +565,85 @@ def test_write_kv_kernel(sizes, layout, dtype):
             kernels.write_kv(*bad)
 
 
+def a_row_and_its_matrices(heads, width, inner, head_dim, dtype):
+    """Arguments of linear for each place that it has in a layer, and for the head: one row each."""
+    gen = torch.Generator().manual_seed(width)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=gen).to(DEVICE, dtype)
+
+    def matrix(num_out, num_in):
+        module = torch.nn.Linear(num_in, num_out, bias=False, device=DEVICE, dtype=dtype)
+        module.weight.data = normal(num_out, num_in) * num_in ** -0.5
+        return module
+
+    norm = torch.nn.RMSNorm(width, 1e-5, device=DEVICE, dtype=dtype)
+    norm.weight.data = 1 + normal(width) / 4
+    x, rope = normal(1, width), tuple(normal(1, 1, head_dim // 2) for _ in range(2))
+    qkv = matrix(sum(heads) * head_dim, width)
+    return {"qkv": ((x, qkv, norm), {"rope": rope, "heads": heads}),
+            "up": ((x, matrix(2 * inner, width), norm), {"activation": nanopaged.gate_and_up}),
+            "down": ((normal(1, inner), matrix(width, inner)), {"residual": x}),
+            "head": ((x, matrix(2 * inner + 1, width), norm), {})}
+
+
+def in_float64(x):
+    """The same tensor, module, tuple of them, or whatever else, in float64."""
+    if isinstance(x, tuple):
+        return tuple(map(in_float64, x))
+    return copy.deepcopy(x).double() if isinstance(x, torch.Tensor | torch.nn.Module) else x
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("place", ["qkv", "up", "down", "head"])
+@pytest.mark.parametrize("sizes", [((3, 1, 1), 48, 80, 16), ((4, 4, 4), 256, 100, 64),
+                                   ((4, 2, 2), 95, 514, 6)], ids=str)
+def test_linear_kernel(sizes, place, dtype):
+    """A pair of rows that is none, an odd last row, v turned too, a residual of other rows.
+
+    The result is rounded once, whatever stands around the product.
+    """
+    args, kwargs = a_row_and_its_matrices(*sizes, dtype)[place]
+    got = kernels.linear(*args, **kwargs)
+    want = kernels.linear_reference(*in_float64(args),
+                                    **{name: in_float64(x) for name, x in kwargs.items()})
+    assert got.shape == want.shape and got.dtype == dtype
+    error = ((got.double() - want).norm() / want.norm()).item()
+    assert error < RELATIVE[dtype], f"relative error {error}"
+
+
+@needs_triton
+def test_a_row_goes_through_the_model(monkeypatch):
+    """A layer that gives the kernel another matrix, norm or residual than the compiled one."""
+    folder = nanopaged.find_model("tiny")
+    config, calls = nanopaged.load_config(folder), []
+    model = nanopaged.load_model(config, folder, DEVICE, torch.float32)
+    assert (model.halves_of_one[2] is kernels.linear) == GPU          # a CPU computes by itself
+    kv_cache = kernels.new_kv_cache(config.num_hidden_layers, 3, 4, config.num_key_value_heads,
+                                    config.head_dim, torch.float32, DEVICE).normal_()
+    batch = kernels.flat_batch([([7], 9, [2, 0, 1], True)], 4, torch.device(DEVICE))
+    model.halves_of_one, linear = model.halves, kernels.linear
+    want = model(batch, kv_cache)
+    monkeypatch.setattr(kernels, "linear", lambda *args, **kwargs: (
+        calls.append(args[1].weight), linear(*args, **kwargs))[1])
+    model.halves_of_one = *model.halves[:2], kernels.linear
+    got = model(batch, kv_cache)
+    assert len(calls) == 4 * config.num_hidden_layers + 1
+    assert (got - want).norm() / want.norm() < 1e-5
+
+
+@needs_triton
+def test_linear_kernel_refuses():
+    """Two rows of which one is computed; a matrix that is read as if it were another."""
+    (x, matrix, norm), _ = a_row_and_its_matrices((3, 1, 1), 48, 80, 16, torch.float32)["head"]
+    transposed = copy.deepcopy(matrix)
+    transposed.weight.data = matrix.weight.data.T.contiguous().T
+    for bad in ((x.repeat(2, 1), matrix), (x[:, 1:], matrix), (x.half(), matrix), (x, transposed)):
+        with pytest.raises(ValueError, match="must be"):
+            kernels.linear(*bad, norm)
+
+
 @needs_triton
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", [(1, 1, 8), (4, 3, 80), (16, 8, 128)], ids=str)
@@ -591,6 +672,7 @@ def test_kernels_refuse_a_cpu(monkeypatch):
                  lambda: kernels.write_kv(paged.q, paged.q, paged.q[None], paged.q[None],
                                           torch.tensor([0])),
                  lambda: kernels.copy_blocks(torch.zeros(1, 2, 1, 1, 1, 8),
-                                             torch.tensor([[0, 0]]))):
+                                             torch.tensor([[0, 0]])),
+                 lambda: kernels.linear(paged.q[0, :1], torch.nn.Linear(8, 8, bias=False))):
         with pytest.raises(ValueError, match="reference"):
             call()

@@ -59,8 +59,9 @@ class Scheduler:
             self.counts["preemptions_recompute"] += 1
         self.waiting.appendleft(group)             # it arrived before all that wait
 
-    def finish(self, group):
-        """Take a group out, wherever it is, and its blocks back."""
-        runs = group in self.running
-        (self.running if runs else self.waiting).remove(group)
-        (self.pool if runs else self.swap_pool).free(*group.seqs)
+    def finish(self, *groups):
+        """Take groups out, wherever they are, and their blocks back."""
+        for group in groups:
+            runs = group in self.running
+            (self.running if runs else self.waiting).remove(group)
+            (self.pool if runs else self.swap_pool).free(*group.seqs)
