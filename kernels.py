@@ -121,7 +121,7 @@ def write_kv(k, v, k_cache, v_cache, slot_mapping):
     """write_kv_reference in one launch: the paper's fused reshape and block write (5.1).
 
     Here the heads of a token must lie one behind the other in k and v, as in the model's qkv. A
-    token of slot -1 is not written: the padding of a captured graph.
+    token of a negative slot is not written: the padding of a captured graph.
     """
     (T, K, D), (N, B) = k.shape, k_cache.shape[:2]
     check_arguments(k.device, k.dtype, k=(k, (T, K, D), (k.stride(0), D, 1)),
@@ -571,18 +571,16 @@ class DecodeGraphs:
         self.draw = torch.compile(draw_reference, dynamic=True, options={
             "realize_opcount_threshold": 1000})    # all in one pass, the scores never in memory
         self.block_size = B = kv_cache.shape[3]
-        # 1, 2, 3, 4, 6, 8, 12, ..., up to the first that takes all
-        for size in (1, *(n << i for i in range(max_num_seqs.bit_length()) for n in (2, 3)
-                          if n + 1 << i < 2 * max_num_seqs)):
+        for size in (1, 2, 4, 8, 16, *range(32, max_num_seqs + 31, 32)):       # the last takes all
             rows = [([0], 0, [0] * -(-max_model_len // B), True)] * size
             batch = flat_batch(rows, B, kv_cache.device)
             model(batch, kv_cache)                 # compiles, which no capture may contain
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool):
-                alive = batch.context_lens > 0     # the others are padding
                 blocks = batch.block_tables.gather(1, batch.positions[:, None] // B)[:, 0]
-                batch.slot_mapping.copy_(torch.where(alive, blocks * B + batch.positions % B, -1))
+                torch.add(batch.positions % B, blocks, alpha=B, out=batch.slot_mapping)
                 logits = model(batch, kv_cache)
+                alive = batch.context_lens > 0     # the others are padding
                 batch.positions += alive
                 batch.context_lens += alive
             self.graphs[size] = graph, batch, logits
@@ -596,6 +594,7 @@ class DecodeGraphs:
         for name in ("input_ids", "positions", "context_lens"):
             getattr(memory, name).copy_(F.pad(getattr(batch, name), (0, len(logits) - num_seqs)))
         memory.block_tables[:num_seqs, :num_columns] = batch.block_tables
+        memory.block_tables[num_seqs:, 0] = -1     # padding has no block, and so no slot
         return graph, memory, logits
 
     def __call__(self, batch, kv_cache):

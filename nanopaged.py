@@ -1026,7 +1026,7 @@ class Decoder(nn.Module):
             y = batch.attend(q, k_cache, v_cache, scale=self.config.head_dim ** -0.5)  # (T, H, D)
             x = after(layer, x, y, linear)
         # the vocabulary is the widest matrix: only rows that are sampled meet it
-        return linear(x[batch.last_rows], self.lm_head, norm=self.norm)
+        return linear(x.index_select(0, batch.last_rows), self.lm_head, norm=self.norm)
 
     def checkpoint_views(self):
         """{name in the checkpoint: the part of our parameters that it fills}, in its own shape.

@@ -57,7 +57,7 @@ class StandIn(kernels.DecodeGraphs):
         self.model, self.draw = engine.model, kernels.draw_reference
         self.block_size = engine.pool.block_size
         self.num_replays = self.num_ahead = 0      # replays; tokens that were drawn ahead
-        replays = {size: Replay(self, engine, size) for size in (1, 2, 3, 4, 6, 8, 12, 16)}
+        replays = {size: Replay(self, engine, size) for size in (1, 2, 4, 8, 16)}
         self.graphs = {size: (one, one.memory, one.logits) for size, one in replays.items()}
 
     def run_ahead(self, rows, sources, num_steps, *options):
