@@ -1,4 +1,4 @@
-"""What runs on the device: paged KV cache and attention (paper 5.1), positions, sampling, graphs.
+"""What runs on the device: paged KV cache and attention (paper 5.1), products, sampling, graphs.
 
 One block is `block_size` slots; a slot holds one token's K and V of one layer. The engine hands
 over these maps, and nothing here knows what a request is:
@@ -445,25 +445,24 @@ def linear_reference(x, matrix, norm=None, rope=None, heads=(), activation=None,
     return y if residual is None else residual + y
 
 
-# ---- one row times a matrix ---------------------------------------------------------------------
-# Why: a single request decodes one row at a time. Reading the matrices is then all that counts, and
-# between two of them the GPU should not stop: each kernel that only norms, turns or adds a few
-# thousand numbers costs 2 us, where all the matrices of a layer take 45 (1B model, H100). So one
-# kernel does the product and what stands around it. A program reads two rows of the matrix, all of
-# them on their way at once, while it norms x, which every program does for itself:
+# ---- the same for one row -----------------------------------------------------------------------
+# Why: the step of a single request multiplies one row, and reading the matrices is all its work. A
+# kernel between two products that only norms, turns or adds a few thousand numbers makes the memory
+# wait for as long as a small matrix takes. So this one does it along the way. A program reads two
+# rows of the matrix, every number of them at once, and norms x, as every program does for itself:
 #
-#   which two                        what becomes of their products a and b
-#   i and i + D / 2 of a q, k head   turned by rope: a cos - b sin, b cos + a sin; of v: as they are
-#   i of gate, i of up               silu(a) * b
-#   neighbours                       as they are, the residual added
+#   which two                         what becomes of their products a and b
+#   i and i + D/2, of a head          of q or k: a cos - b sin, b cos + a sin; of v: as they are
+#   i of gate, and i of up            silu(a) b, one number
+#   neighbours                        as they are; the residual is added
 #
-# More rows than one go to cuBLAS, and what stands around it is left to torch's compiler.
+# More rows than one go to cuBLAS, and what stands around it to torch's compiler.
 
 
 @triton.jit
 def linear_kernel(x, gain, weight, cos, sin, residual, out, eps, num_out, apart, num_turned,
                   K: tl.constexpr, WIDTH: tl.constexpr, GATED: tl.constexpr):
-    """Two rows of the matrix, `apart` from each other: see the table above."""
+    """Two rows of the matrix, `apart` from each other, times x: see the table above."""
     pid, k = tl.program_id(0), tl.arange(0, WIDTH)[None, :]
     # where the number of rows is odd, the last one stands for two
     row = tl.minimum(pid // apart * 2 * apart + pid % apart + tl.arange(0, 2) * apart, num_out - 1)
@@ -484,7 +483,9 @@ def linear_kernel(x, gain, weight, cos, sin, residual, out, eps, num_out, apart,
 
 
 def linear(x, matrix, norm=None, rope=None, heads=(), activation=None, residual=None):
-    """linear_reference of one row, in one launch; by RMSNorm, gate, and without bias."""
+    """linear_reference of one row in one launch, of what LLaMA's layers have: no bias, an RMSNorm,
+    and the activation silu(first half) * second half.
+    """
     (N, K), (cos, sin) = matrix.weight.shape, rope or (x, x)       # which is then not read
     check_arguments(x.device, x.dtype, x=(x, (1, K)), matrix=(matrix.weight, (N, K), (K, 1)))
     apart = N // 2 if activation else cos.shape[2] if rope else 1

@@ -925,6 +925,7 @@ def make_batch(scheduled, block_size, device):
 #      LLaMA      RoPE, on each q and k    RMSNorm     silu(gate) * up         none, mostly
 # ================================================================================================
 
+
 def rope_frequencies(head_dim, rope):
     """Radians a position for each of the D/2 rotated pairs (Su et al. 2021) -> (D/2,) float32.
 
@@ -947,7 +948,7 @@ def gate_and_up(x):
     return nn.functional.silu(gate) * up
 
 
-# norm, activation
+# each family's norm and activation
 PARTS = {"gpt2": (nn.LayerNorm, nn.GELU("tanh")), "llama": (nn.RMSNorm, gate_and_up)}
 
 
@@ -957,7 +958,10 @@ Linear = type("Linear", (nn.Linear,), {"reset_parameters": lambda self: None})
 
 
 class Layer(nn.Module):
-    """One transformer layer: x + attention(norm(x)), then x + MLP(norm(x))."""
+    """One transformer layer: x + attention(norm(x)), then x + MLP(norm(x)).
+
+    Its two halves take the function that multiplies: see kernels.linear_reference.
+    """
 
     def __init__(self, c, **factory):
         super().__init__()

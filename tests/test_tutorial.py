@@ -788,7 +788,7 @@ def test_what_to_watch(capsys):
 
 
 def costs(num_seqs, **others):
-    return timeline.Costs(num_seqs, {1: 1500, 256: 4390}[num_seqs], **others)
+    return timeline.Costs(num_seqs, {1: 1200, 256: 4390}[num_seqs], **others)
 
 
 def in_flight(clock):
@@ -804,7 +804,7 @@ def test_the_clock(num_seqs):
     c = costs(num_seqs)
     plan, read = c.plan + c.plan_seq * num_seqs, c.read_seq * num_seqs
     for policy, ahead, round_ in (
-            (timeline.kernel_by_kernel, 1, plan + 240 * c.launch + c.gpu / 240 + read),
+            (timeline.kernel_by_kernel, 1, plan + 180 * c.launch + c.gpu / 180 + read),
             (timeline.bursts, 1, plan + c.graph + c.gpu + read),
             (timeline.bursts, 16, plan + c.graph + 16 * (c.gpu + read))):
         args = () if policy is timeline.kernel_by_kernel else (ahead,)
@@ -812,7 +812,7 @@ def test_the_clock(num_seqs):
         assert clock.now == pytest.approx(32 // ahead * round_)
         assert busy == pytest.approx(c.gpu * ahead / round_)
         assert host == pytest.approx((plan + ahead * read + (
-            c.graph * ahead if args else 240 * c.launch)) / round_)
+            c.graph * ahead if args else 180 * c.launch)) / round_)
         assert speed == pytest.approx(1e6 * num_seqs * ahead / round_)
         check_lines(clock)
         assert max(in_flight(clock)) == ahead or not args
