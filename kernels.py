@@ -483,14 +483,15 @@ def linear_kernel(x, gain, weight, cos, sin, residual, out, eps, num_out, apart,
 
 
 def linear(x, matrix, norm=None, rope=None, heads=(), activation=None, residual=None):
-    """linear_reference of one row in one launch, of what LLaMA's layers have: no bias, an RMSNorm,
-    and the activation silu(first half) * second half.
+    """linear_reference of one row (or none) in one launch, of what LLaMA's layers have: no bias, an
+    RMSNorm, and the activation silu(first half) * second half.
     """
-    (N, K), (cos, sin) = matrix.weight.shape, rope or (x, x)       # which is then not read
-    check_arguments(x.device, x.dtype, x=(x, (1, K)), matrix=(matrix.weight, (N, K), (K, 1)))
+    # without rope x stands in for its tables, which are then not read
+    (N, K), (cos, sin), rows = matrix.weight.shape, rope or (x, x), min(len(x), 1)
+    check_arguments(x.device, x.dtype, x=(x, (rows, K)), matrix=(matrix.weight, (N, K), (K, 1)))
     apart = N // 2 if activation else cos.shape[2] if rope else 1
-    out = x.new_empty(1, N // 2 if activation else N)
-    linear_kernel[(triton.cdiv(N, 2),)](
+    out = x.new_empty(rows, N // 2 if activation else N)
+    linear_kernel[(rows * triton.cdiv(N, 2),)](
         x, norm and norm.weight, matrix.weight, cos, sin, residual, out, norm and norm.eps, N,
         apart, sum(heads[:2]), K, triton.next_power_of_2(K), activation is not None, num_warps=8)
     return out
