@@ -237,9 +237,10 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
 #      1            5           0        -          -                padding
 #      2            5           3       4 5         4         1      queries 0-1 and 2
 #
-# How fine: where tiles (times KV heads) are few, into parts that make 2 programs for each SM; where
-# they are many, only into parts of at least 4,096 tokens, lest one long context be read when all
-# others have ended; and not at all in a step of more than 1,024 tokens.
+# How fine: where tiles (times KV heads) are few, into parts that make 2 programs for each SM, but
+# none below a tile (of a decode) or 64 tokens (of a prompt); where they are many, only into parts
+# of at least 4,096 tokens, lest one long context be read when all others have ended; and not at all
+# in a step of more than 1,024 tokens.
 
 
 # The numbers that change from step to step; Triton would compile once more for those that are 1, or
@@ -430,16 +431,18 @@ def flat_batch(rows, block_size, device):
 def linear_reference(x, matrix, norm=None, rope=None, heads=(), activation=None, residual=None):
     """A matrix with all that stands around it in a layer: x (T, K) -> (T, N).
 
-    First `norm` of x, then the product. Then either rope, as cos and sin, each (T, 1, D/2): the
-    product is heads of q, k, v, as many as `heads` says, and each pair (i, i + D/2) of q and k
-    turns by its token's angle (Su et al. 2021). Or an activation, after which it may be narrower;
-    or a residual (T, N) is added.
+    (Here and in `linear`, K and N are the columns and rows of the matrix.) First x is normed, if
+    there is a `norm`, then multiplied. What follows is nothing, or one of three things:
+    rope, as (cos, sin), each (T, 1, D/2): the product is heads of q, of k and of v, as many as
+        `heads` says; each pair (i, i + D/2) of q and k turns by its token's angle (Su et al. 2021);
+    activation: a function, after which a row may be narrower;
+    residual (T, N): it is added.
     """
     y = matrix(x if norm is None else norm(x))
     if rope:
         qk, v = y.unflatten(1, (sum(heads), -1)).split((sum(heads[:2]), heads[2]), dim=1)
         (a, b), (cos, sin) = qk.chunk(2, dim=2), rope
-        qk = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=2)      # (T, H + K, D)
+        qk = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=2)   # (T, heads of q and k, D)
         y = torch.cat((qk, v), dim=1).flatten(1)
     y = activation(y) if activation else y
     return y if residual is None else residual + y
@@ -456,7 +459,8 @@ def linear_reference(x, matrix, norm=None, rope=None, heads=(), activation=None,
 #   i of gate, and i of up            silu(a) b, one number
 #   neighbours                        as they are; the residual is added
 #
-# More rows than one go to cuBLAS, and what stands around it to torch's compiler.
+# Several rows go to cuBLAS, and what stands around them to torch's compiler (if not eager). So does
+# one row of GPT-2, or with biases, but uncompiled.
 
 
 @triton.jit
@@ -486,7 +490,7 @@ def linear(x, matrix, norm=None, rope=None, heads=(), activation=None, residual=
     """linear_reference of one row (or none) in one launch, of what LLaMA's layers have: no bias, an
     RMSNorm, and the activation silu(first half) * second half.
     """
-    # without rope x stands in for its tables, which are then not read
+    # rows: 1, or 0; check_arguments refuses more. Without rope x stands in for cos and sin, unread
     (N, K), (cos, sin), rows = matrix.weight.shape, rope or (x, x), min(len(x), 1)
     check_arguments(x.device, x.dtype, x=(x, (rows, K)), matrix=(matrix.weight, (N, K), (K, 1)))
     apart = N // 2 if activation else cos.shape[2] if rope else 1
@@ -573,7 +577,8 @@ class DecodeGraphs:
         self.draw = torch.compile(draw_reference, dynamic=True, options={
             "realize_opcount_threshold": 1000})    # all in one pass, the scores never in memory
         self.block_size = B = kv_cache.shape[3]
-        for size in (1, 2, 4, 8, 16, *range(32, max_num_seqs + 31, 32)):       # the last takes all
+        # by 32s up to 512, lest the logits of all sizes fill the memory; the last has room for all
+        for size in {min(n, max_num_seqs) for n in (1, 2, 4, 8, 16, *range(32, 513, 32), 1 << 31)}:
             rows = [([0], 0, [0] * -(-max_model_len // B), True)] * size
             batch = flat_batch(rows, B, kv_cache.device)
             model(batch, kv_cache)                 # compiles, which no capture may contain

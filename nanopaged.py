@@ -760,8 +760,8 @@ class BlockPool:
         """
         for i in range(seq.num_kv // self.block_size, (seq.num_kv + num_new) // self.block_size):
             key = self._key(seq, i, seq.block_table)
-            first = self.cached.setdefault(key, seq.block_table[i])
-            self.key_of[first] = key
+            first = self.cached.get(key, seq.block_table[i])
+            self.key_of[first], self.cached[key] = key, first     # in this order: see _take()
             self.content[seq.block_table[i]] = self.content[first]
 
     def take_over(self, group, source):
@@ -888,8 +888,8 @@ class Scheduler:
         """Take groups out, wherever they are, and their blocks back."""
         for group in groups:
             runs = group in self.running
-            (self.running if runs else self.waiting).remove(group)
             (self.pool if runs else self.swap_pool).free(*group.seqs)
+            (self.running if runs else self.waiting).remove(group)     # last: it can be done again
 
 
 # ================================================================================================
@@ -943,7 +943,7 @@ def rope_frequencies(head_dim, rope):
 
 
 def gate_and_up(x):
-    """LLaMA's activation: silu(gate) * up, of x (T, 2I), which is both side by side -> (T, I)."""
+    """LLaMA's activation: silu(gate) * up, of x (T, 2I), I numbers of each -> (T, I)."""
     gate, up = x.chunk(2, dim=-1)
     return nn.functional.silu(gate) * up
 
@@ -1001,11 +1001,12 @@ class Decoder(nn.Module):
         if c.family == "gpt2":
             self.embed_positions = Linear(width, c.max_position_embeddings, False, **factory)
         self.layers = nn.ModuleList(Layer(c, **factory) for _ in range(c.num_hidden_layers))
-        # The two halves of a layer, as functions, and their products: for many rows, which
-        # load_model() may have compiled, and for one. On a GPU LLaMA without biases has a kernel.
-        fused = factory["device"] == "cuda" and not (c.attention_bias or c.mlp_bias)
+        # The two halves of a layer, and the function that multiplies in them. For several rows
+        # load_model() may compile the halves; for one row they stay as they are, and LLaMA without
+        # biases has a kernel on a GPU.
+        plain = factory["device"] != "cuda" or c.family != "llama" or c.attention_bias or c.mlp_bias
         self.halves = Layer.before_attention, Layer.after_attention, kernels.linear_reference
-        self.halves_of_one = *self.halves[:2], kernels.linear if fused else self.halves[2]
+        self.halves_of_one = *self.halves[:2], self.halves[2] if plain else kernels.linear
         self.norm = PARTS[c.family][0](width, c.rms_norm_eps, **factory)
         self.lm_head = (self.embed_tokens if c.tie_word_embeddings else
                         Linear(width, c.vocab_size, False, **factory))
@@ -1099,6 +1100,17 @@ def sampling_options(seqs, device):
     return cut, *keys, *kernels.upload(options, device, torch.float64).split(1, dim=1)
 
 
+def top_logprobs(logprobs, row, token_id, num):
+    """The row's chosen token and its `num` likeliest -> {token_id: logprob}; None for num None.
+
+    Shapes: logprobs (S, V). Each row by itself: where values tie, topk of another num, or a batch,
+    may pick others.
+    """
+    if num is not None:
+        token_ids = [token_id, *logprobs[row].topk(min(num, logprobs.shape[1])).indices.tolist()]
+        return dict(zip(token_ids, logprobs[row, token_ids].tolist(), strict=True))
+
+
 def sample(logits, seqs):
     """One token for each row -> [(token_id, logprob, {token_id: logprob} or None), ...].
 
@@ -1128,17 +1140,6 @@ def largest_step(model, kv_cache, num_seqs, num_tokens):
     batch = make_batch([(seq, seq.num_tokens)] * num_seqs, kv_cache.shape[3], kv_cache.device)
     with reading("the largest step; lower max_num_seqs or max_num_batched_tokens"):
         sample(model(batch, kv_cache).float(), [seq] * num_seqs)
-
-
-def top_logprobs(logprobs, row, token_id, num):
-    """The row's chosen token and its `num` likeliest -> {token_id: logprob}; None for num None.
-
-    Shapes: logprobs (S, V). Each row by itself: where values tie, topk of another num, or a batch,
-    may pick others.
-    """
-    if num is not None:
-        token_ids = [token_id, *logprobs[row].topk(min(num, logprobs.shape[1])).indices.tolist()]
-        return dict(zip(token_ids, logprobs[row, token_ids].tolist(), strict=True))
 
 
 def beam_score(seq, num_generated=None):
@@ -1485,7 +1486,7 @@ class LLM:
                              enable_prefix_caching, max_model_len or longest, seed)
         # in the mode of step(): in another one torch would compile again
         with torch.inference_mode(), reading("CUDA graphs; lower gpu_memory_utilization"):
-            self.engine.graphs = graphs and kernels.DecodeGraphs(
+            self.engine.graphs = None if not graphs else kernels.DecodeGraphs(
                 decoder, kv_cache, scheduler.max_num_seqs, self.engine.max_model_len)
         self.stats = self.engine.stats             # a function: llm.stats()
 
@@ -1503,7 +1504,7 @@ class LLM:
         params = params if isinstance(params, list | tuple) else [params] * len(prompts)
         require(len(params) == len(prompts), "number of sampling_params", len(params), len(prompts))
         request_ids, finished = [], {}
-        try:                                       # if one is refused, those before it are listed
+        try:                                       # extend() keeps those before one that is refused
             request_ids.extend(map(self.engine.add_request, prompts, params))
             while any(request_id not in finished for request_id in request_ids):
                 finished |= {out.request_id: out for out in self.engine.step(only_finished=True)}

@@ -305,7 +305,8 @@ def print_replays(engine, context: int = 800, rounds: int = 20) -> None:
         batch.block_tables[:, :num_columns] = blocks.view(size, num_columns)
         seqs = [Sequence([0], SamplingParams(seed=i)) for i in range(size)]
         cut, *columns = sampling_options(seqs, logits.device)
-        options = cut, *(column.view(-1, 1) for column in columns)      # as run_ahead() has them
+        # with the strides that run_ahead() gives them
+        options = cut, *(column.contiguous().view(-1, 1) for column in columns)
         draws = {"a draw": engine.graphs.draw, "a draw, not compiled": kernels.draw_reference}
         for name, run in {"a replay": graph.replay, **{
                 name: functools.partial(draw, logits, *options)

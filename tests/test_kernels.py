@@ -313,7 +313,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GPU = DEVICE == "cuda"
 # On a GPU hundreds of cases take seconds; the interpreter runs each program line by line.
 NUM_RANDOM = 300 if GPU else 10
-LONG = 900 if GPU else 400                                         # 6 to 15 parts of 64 and more
+LONG = 900 if GPU else 400                           # up to 57 parts of a tile each, or fewer
 needs_triton = pytest.mark.skipif(
     not (GPU or kernels.INTERPRETED),
     reason="no GPU, and no interpreter: it needs triton and numpy, which is none of the five")
@@ -555,7 +555,8 @@ def test_write_kv_kernel(sizes, layout, dtype):
     _, k, v = qkv.split(num_kv_heads, dim=1)                          # views, as the model has them
     kernels.write_kv_reference(k, v, *want, slots)
     kernels.write_kv(k, v, *caches, slots)
-    kernels.write_kv(k + 1, v, *caches, torch.full_like(slots, -1))   # a graph's padding
+    kernels.write_kv(k + 1, v, *(cache[1:] for cache in caches),      # block -1: a graph's padding
+                     torch.full_like(slots, -block_size))
     assert all(torch.equal(*pair) for pair in zip(caches, want, strict=True))
     apart = torch.stack((v, v), 2)[:, :, 0]                           # a gap behind each head
     for bad in ((k.double(), v, *caches, slots), (k, v[:-1], *caches, slots),

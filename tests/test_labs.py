@@ -511,8 +511,10 @@ WRONG = {
         "tl.store(k_cache + place, x)")),
     "strides_are_guessed": (5, 1, "use the strides that are given", kernel_but(
         "write_kv_kernel", "tl.load(k + token * k_token", "tl.load(k + token * SIZE")),
-    "padding_is_written": (5, 1, "slot -1 is the padding", kernel_but(
+    "padding_is_written": (5, 1, "a slot below 0 is the padding", kernel_but(
         "write_kv_kernel", "if slot >= 0:", "if slot >= -1:")),
+    "padding_is_only_slot_minus_one": (5, 1, "a slot below 0 is the padding", kernel_but(
+        "write_kv_kernel", "if slot >= 0:", "if slot != -1:")),
     "no_shrink": (5, 2, "`y` and `total` are not shrunk", kernel_but(
         "attention_kernel", "tl.exp2(top - new_top)", "tl.exp2(top - top)")),
     "y_is_not_shrunk": (5, 2, "`y` is not shrunk", kernel_but(

@@ -109,7 +109,7 @@ LABS = {
         Task("BlockPool._take", 3, "forget what was in the block"),
     ], example='--prompt "My lord, I" --prompt "My lord, I do" --verbose'),
     11: Lab("11_never_wait", "nanopaged",
-            "--device cpu --block-size 4 --num-blocks 64 --max-tokens 24", [
+            "--device cpu --block-size 4 --num-blocks 64 --max-tokens 24 --max-num-seqs 16", [
         Task("Engine._steps_ahead", 4, "how far the device may run ahead"),
         Task("Engine._launch Engine._land", 6, "let it fly, and take its tokens"),
     ], inherited=("Engine",), graphs=True),

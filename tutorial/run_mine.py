@@ -48,7 +48,7 @@ class Calls:
 
 
 def four_parts(launches):
-    """The engine cuts contexts of more than 64 tokens: let short texts have parts to merge, too."""
+    """The engine launches up to 64 parts, the interpreter one by one: 4 show as much."""
     def cut(*args):
         return [((heads, tiles, 4), (few, 1), *more)
                 for (heads, tiles, _), (few, _), *more in launches(*args)]

@@ -114,10 +114,11 @@ def test_task_1(mine):
         expect(same(cache, written(cache, x, slots)) and untouched(buffer),
                "K and V that are views, in a cache that has a block's heads first: wrong; use the "
                "strides that are given, not K * D")
-    slots = torch.tensor([5, -1, 10, -1])
-    for (buffer, cache), x in write(mine, slots, what="slot -1"):
+    slots = torch.tensor([5, -B, 10, -1])
+    for (buffer, cache), x in write(mine, slots, what="a slot below 0"):
         expect(same(cache, written(cache, x[::2], slots[::2])) and untouched(buffer),
-               "a token of slot -1 is the padding of a graph: it must not be written anywhere")
+               "a token of a slot below 0 is the padding of a graph: it must not be written "
+               "anywhere")
 
 
 # ---- task 2: the loop of attention_kernel --------------------------------------------------------

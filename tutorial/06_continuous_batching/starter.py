@@ -63,5 +63,5 @@ class Scheduler:
         """Take groups out, wherever they are, and their blocks back."""
         for group in groups:
             runs = group in self.running
-            (self.running if runs else self.waiting).remove(group)
             (self.pool if runs else self.swap_pool).free(*group.seqs)
+            (self.running if runs else self.waiting).remove(group)     # last: it can be done again

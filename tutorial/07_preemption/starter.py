@@ -128,8 +128,8 @@ class BlockPool:
         """
         for i in range(seq.num_kv // self.block_size, (seq.num_kv + num_new) // self.block_size):
             key = self._key(seq, i, seq.block_table)
-            first = self.cached.setdefault(key, seq.block_table[i])
-            self.key_of[first] = key
+            first = self.cached.get(key, seq.block_table[i])
+            self.key_of[first], self.cached[key] = key, first     # in this order: see _take()
             self.content[seq.block_table[i]] = self.content[first]
 
     def take_over(self, group, source):
@@ -225,5 +225,5 @@ class Scheduler:
         """Take groups out, wherever they are, and their blocks back."""
         for group in groups:
             runs = group in self.running
-            (self.running if runs else self.waiting).remove(group)
             (self.pool if runs else self.swap_pool).free(*group.seqs)
+            (self.running if runs else self.waiting).remove(group)     # last: it can be done again

@@ -112,8 +112,8 @@ class BlockPool:
         """
         for i in range(seq.num_kv // self.block_size, (seq.num_kv + num_new) // self.block_size):
             key = self._key(seq, i, seq.block_table)
-            first = self.cached.setdefault(key, seq.block_table[i])
-            self.key_of[first] = key
+            first = self.cached.get(key, seq.block_table[i])
+            self.key_of[first], self.cached[key] = key, first     # in this order: see _take()
             self.content[seq.block_table[i]] = self.content[first]
 
     def take_over(self, group, source):

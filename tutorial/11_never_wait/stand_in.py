@@ -43,6 +43,7 @@ class Replay:
         rows = [([token_id], position, table, True) for token_id, position, table in zip(
             m.input_ids.tolist(), m.positions.tolist(), m.block_tables.tolist(), strict=True)]
         rows = rows[:alive.sum()]                  # padding stands behind
+        assert m.block_tables[len(rows):, 0].lt(0).all(), "padding has a slot, and would be written"
         self.logits.fill_(torch.nan)               # nobody shall read what padding gets
         self.logits[:len(rows)] = self.model(self.flat_batch(rows), self.kv_cache)
         m.positions += alive
