@@ -1,7 +1,9 @@
 """Section 5, the block pool: the paper's Figs 6, 8, 9, and random programs under the invariants."""
 
+import contextlib
 import copy
 import random
+import sys
 
 import pytest
 from helpers import begin, can_append, check_pool, make_seq, swap, take_copies
@@ -485,6 +487,35 @@ def test_nothing_is_found_in_a_block_that_was_reused():
     assert memory.num_found([2] * 9) == 0
     memory.pool.free(other)
     memory.check([])
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_nothing_is_found_where_publishing_was_interrupted(at):
+    """A block that is found by its content, and is not forgotten when another text takes it."""
+    pool, lines = BlockPool(2, 4), 0
+    first, second, third = (Sequence(ids, SamplingParams()) for ids in (
+        range(8), range(10, 18), range(9)))
+
+    def trace(frame, event, _):
+        nonlocal lines
+        if frame.f_code is not BlockPool.publish.__code__:
+            return None
+        lines += event == "line"
+        if lines == at:
+            raise KeyboardInterrupt
+        return trace
+
+    pool.append(first, 8)
+    sys.settrace(trace)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            pool.publish(first, 8)
+    finally:
+        sys.settrace(None)
+    assert lines == at, "publish() has fewer lines: fewer will do"
+    pool.free(first)
+    pool.append(second, 8)
+    assert pool.find_prefix(third) == []
 
 
 def test_nothing_is_found_behind_a_block_that_was_reused():

@@ -790,6 +790,19 @@ def test_a_step_that_failed_while_tokens_were_added(at, llm, monkeypatch):
     assert_nothing_left(llm)
 
 
+def test_an_interrupted_abort_is_done_by_the_next_one(llm, monkeypatch):
+    """A second Ctrl-C: a request that is in no queue any more, and holds its blocks for ever."""
+    request_id = llm.engine.add_request(PROMPTS[1], greedy_params())
+    llm.engine.step()
+    with monkeypatch.context() as patch:
+        free = Interrupt(nanopaged.BlockPool.free, 1)
+        patch.setattr(nanopaged.BlockPool, "free", lambda *args: free(*args))
+        with pytest.raises(KeyboardInterrupt):
+            llm.engine.abort(request_id)
+    assert llm.engine.abort(request_id)
+    assert_nothing_left(llm)
+
+
 def test_a_text_that_an_interrupt_left_too_long_ends(llm):
     """Ctrl-C between a token and the look at the limit: a text that goes on for ever."""
     request_id = llm.engine.add_request(PROMPTS[0], greedy_params(4))
