@@ -1059,8 +1059,7 @@ class Decoder(nn.Module):
             # GPT-2's layers are made of Conv1D, which stores (in, out)
             tensor = tensor.t() if self.config.family == "gpt2" and "layers" in name else tensor
             rows = self.layers[0].rows[name.split(".")[-2]] if "{}" in source else {"": len(tensor)}
-            for part, view in zip(rows, tensor.split([*rows.values()]), strict=True):
-                views[source.format(part)] = view
+            views |= zip(map(source.format, rows), tensor.split([*rows.values()]), strict=True)
         return views
 
 
