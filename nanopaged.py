@@ -1076,8 +1076,7 @@ def load_model(config, folder, device, dtype, load_format="auto", compiled=False
     else:
         load_tensors(folder, model.checkpoint_views())
     if compiled:                                   # functions: a bound method would hold its layer
-        halves = (torch.compile(half, dynamic=True) for half in model.halves[:2])
-        model.halves = *halves, model.halves[2]
+        model.halves = *map(torch.compile(dynamic=True), model.halves[:2]), model.halves[2]
     return model
 
 
