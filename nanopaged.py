@@ -346,7 +346,8 @@ class Tokenizer:
 
     def __init__(self, folder):
         self.folder = folder
-        self.special = {}        # {text: id}: no text of a user's stands for one of these
+        # Each reader sets self.special, {text: id}: no text of a user's stands for one of these.
+        # What follows stays like this where a kind of file has none:
         self.added = {}          # {text: id} of added ordinary tokens, matched before all else
         self.prefix = []         # ids put before each text, such as a beginning-of-text token
         self.first_space = None  # LLaMA-2's kind puts a space before: never, first, always, each
