@@ -1251,8 +1251,8 @@ class Engine:
             moved = self._land(*flight) if flight else self._compute(plan)
             if watch:
                 watch(self)
-        for group in moved:
-            self.pool.free(*(seq for seq in group.seqs if seq.finish_reason))  # siblings may go on
+        # siblings of what has ended may go on
+        self.pool.free(*(seq for group in moved for seq in group.seqs if seq.finish_reason))
         self.scheduler.finish(*(group for group in moved if not group.unfinished()))
         self.flight = following
         return [g.output() for g in moved if not (only_finished and g.unfinished())]
