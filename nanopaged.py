@@ -1115,18 +1115,17 @@ def sample(logits, seqs):
 
     The log-probabilities are the model's own, before penalty, temperature and filters.
     """
-    logprobs, params = logits.log_softmax(-1), [seq.params for seq in seqs]
-    for row, (seq, p) in enumerate(zip(seqs, params, strict=True)):
-        if (penalty := p.repetition_penalty) != 1:
+    logprobs = logits.log_softmax(-1)
+    for row, seq in enumerate(seqs):
+        if (penalty := seq.params.repetition_penalty) != 1:
             seen = kernels.upload(seq.token_ids, logits.device)    # each of them is penalised once
             score = logits[row, seen]              # multiplying lowers a negative score
             logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
     tokens = (kernels.sample_reference(logits, *sampling_options(seqs, logits.device))
-              if any(p.temperature for p in params) else logits.argmax(-1))
-    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
-    rows = enumerate(zip(tokens.tolist(), chosen.tolist(), params, strict=True))
-    return [(token, logprob, top_logprobs(logprobs, row, token, p.logprobs))
-            for row, (token, logprob, p) in rows]
+              if any(seq.params.temperature for seq in seqs) else logits.argmax(-1))
+    chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+    return [(token, chosen[row], top_logprobs(logprobs, row, token, seqs[row].params.logprobs))
+            for row, token in enumerate(tokens.tolist())]
 
 
 @torch.inference_mode()
