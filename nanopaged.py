@@ -66,7 +66,7 @@ import time
 import warnings
 from collections import Counter, OrderedDict, deque
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -1110,10 +1110,11 @@ def top_logprobs(logprobs, row, token_id, num):
         return dict(zip(token_ids, logprobs[row, token_ids].tolist(), strict=True))
 
 
-def sample(logits, seqs):
+def sample(logits, seqs, wait=lambda read: read()):
     """One token for each row -> [(token_id, logprob, {token_id: logprob} or None), ...].
 
-    The log-probabilities are the model's own, before penalty, temperature and filters.
+    The log-probabilities are the model's own, before penalty, temperature and filters. wait(read)
+    gives what read() returns once the device has got that far.
     """
     logprobs = logits.log_softmax(-1)
     for row, seq in enumerate(seqs):
@@ -1123,7 +1124,7 @@ def sample(logits, seqs):
             logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
     tokens = (kernels.sample_reference(logits, *sampling_options(seqs, logits.device))
               if any(seq.params.temperature for seq in seqs) else logits.argmax(-1))
-    chosen = logprobs.gather(1, tokens[:, None])[:, 0].tolist()
+    chosen = wait(logprobs.gather(1, tokens[:, None])[:, 0].tolist)
     return [(token, chosen[row], top_logprobs(logprobs, row, token, seqs[row].params.logprobs))
             for row, token in enumerate(tokens.tolist())]
 
@@ -1203,8 +1204,8 @@ class Engine:
         require(0 < length < self.max_model_len, "number of prompt tokens", length,
                 f"above 0, below {self.max_model_len} (max_model_len, or all of the pool's "
                 f"{self.pool.num_blocks} blocks); shorten it, or raise num_blocks")
-        params = copy.copy(params)                 # ours, with the limits of model and pool in it
-        params.max_tokens = min(params.max_tokens, self.max_model_len - length)
+        # ours, with the limits of model and pool in it
+        params = replace(params, max_tokens=min(params.max_tokens, self.max_model_len - length))
         params.stop_token_ids = {*params.stop_token_ids,
                                  *(() if params.ignore_eos else config.eos_token_id)}
         # a salt of its own: nothing is then shared but with its own forks
@@ -1292,9 +1293,15 @@ class Engine:
             return seqs, num_steps, *self.graphs.run_ahead(last, rows if in_flight else None,
                                                            num_steps, *options)
 
+    def _wait(self, read):
+        """What read() returns once the device has got that far; the time that takes is counted."""
+        start, values = time.perf_counter(), read()
+        self.counts["seconds_waited"] += time.perf_counter() - start
+        return values
+
     def _land(self, seqs, num_steps, steps, landed):
         """Take the tokens of a flight, up to the end of each text -> the groups that got them."""
-        landed.synchronize()
+        self._wait(landed.synchronize)
         for drawn in steps:
             for seq, token_id, logprob in zip(seqs, *drawn.tolist(), strict=False):    # or padding
                 if seq.block_table and not seq.finish_reason:      # not aborted, not ended
@@ -1347,7 +1354,8 @@ class Engine:
                 self.pool.fork(group.seqs[0], child)
                 row_of[child] = row_of[group.seqs[0]]
         self.counts["generated_tokens"] += len(row_of)
-        sampled = dict(zip(row_of, sample(logits[[*row_of.values()]], [*row_of]), strict=True))
+        sampled = sample(logits[[*row_of.values()]], [*row_of], self._wait)
+        sampled = dict(zip(row_of, sampled, strict=True))
         for group in groups:
             if isinstance(group.params, BeamSearchParams):
                 self._extend_beams(group, sampled)
@@ -1541,11 +1549,12 @@ def print_report(engine, seconds):
 {preemptions_swap} by swap ({swapped_blocks} blocks)
     sharing saved {blocks_saved:.1%} of the blocks: {forks} forks, {copied_blocks} copies, \
 {cached_tokens} cached tokens
-    attention: {attention} on {device}"""
+    attention: {attention} on {device}; host at work: {host:.0%} of the time"""
     stats, text = engine.stats(), inspect.cleandoc(print_report.__doc__)     # the text just above
     eager = "CUDA graphs of Triton kernels" if engine.graphs else "Triton kernels"
     attention = eager if engine.kv_cache.is_cuda else "torch reference"
     print(text.format(**stats, seconds=seconds, speed=stats["generated_tokens"] / seconds,
+                      host=1 - engine.counts["seconds_waited"] / seconds,
                       attention=attention, device=engine.kv_cache.device), file=sys.stderr)
 
 

@@ -9,6 +9,7 @@ import contextlib
 import gc
 import random
 import sys
+import time
 import weakref
 from types import SimpleNamespace
 
@@ -40,6 +41,7 @@ from nanopaged import (
     find_model,
     load_config,
     load_model,
+    print_report,
     sampling_options,
 )
 
@@ -109,6 +111,28 @@ def test_the_device_does_run_ahead(ahead):
         len(token_ids(output)) for output in moved))
     assert lengths == [1, 17, 30]
     assert llm.stats()["generated_tokens"] == 30 and llm.stats()["steps"] == 33
+
+
+def test_the_time_in_which_the_host_waits(ahead, capsys):
+    """A host that seems to work all the time, while it waits for a flight; or that never works."""
+    llm, waits = ahead(MODEL), []
+    run_ahead, start = llm.engine.graphs.run_ahead, time.perf_counter()
+
+    def slowly(*args):
+        steps, landed = run_ahead(*args)
+
+        def synchronize():
+            waits.append(args)
+            time.sleep(0.02)
+            landed.synchronize()
+        return steps, SimpleNamespace(synchronize=synchronize)
+
+    llm.engine.graphs.run_ahead = slowly
+    serve(llm, [([1, 2, 3], greedy_params(max_tokens=40))])
+    seconds, waited = time.perf_counter() - start, llm.engine.counts["seconds_waited"]
+    assert len(waits) == 3 and 0.06 <= waited <= seconds
+    print_report(llm.engine, 4 * waited)
+    assert "host at work: 75% of the time" in capsys.readouterr().err
 
 
 def test_who_waits_is_let_in_between(ahead):
