@@ -1354,8 +1354,8 @@ class Engine:
                 self.pool.fork(group.seqs[0], child)
                 row_of[child] = row_of[group.seqs[0]]
         self.counts["generated_tokens"] += len(row_of)
-        sampled = sample(logits[[*row_of.values()]], [*row_of], self._wait)
-        sampled = dict(zip(row_of, sampled, strict=True))
+        logits = logits[kernels.upload([*row_of.values()], logits.device)]     # a list would wait
+        sampled = dict(zip(row_of, sample(logits, [*row_of], self._wait), strict=True))
         for group in groups:
             if isinstance(group.params, BeamSearchParams):
                 self._extend_beams(group, sampled)
