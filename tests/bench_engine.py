@@ -226,32 +226,6 @@ def floor_seconds(engine, prompts, lengths, bandwidth: float, flops: float) -> f
             + 2 * sum(map(len, prompts)) * (weights - head - untied) / flops)
 
 
-class Waiting:
-    """Counts the seconds in which the host waits for the device (on a CPU: lets it compute)."""
-
-    def __init__(self, engine):
-        self.seconds = 0.0
-        if engine.kv_cache.is_cuda:
-            torch.cuda.Event.synchronize = self.timed(torch.cuda.Event.synchronize)
-            synchronize, next_tokens = self.timed(torch.cuda.synchronize), engine._next_tokens
-
-            def after_all_is_computed(groups, logits):
-                synchronize()
-                next_tokens(groups, logits)
-            engine._next_tokens = after_all_is_computed
-        else:
-            engine.model.forward = self.timed(engine.model.forward)
-
-    def timed(self, function):
-        def wrapper(*args, **kwargs):
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self.seconds += time.perf_counter() - start
-        return wrapper
-
-
 def measure_workload(args) -> None:
     """Print how near the engine comes to the floor, round by round."""
     from nanopaged import LLM, SamplingParams
@@ -278,14 +252,16 @@ def measure_workload(args) -> None:
     if engine.graphs:
         with torch.inference_mode():
             print_replays(engine)
-    waiting = Waiting(engine)
+    if device == "cpu":                    # here the host waits while it computes
+        forward = engine.model.forward
+        engine.model.forward = lambda *args: engine._wait(functools.partial(forward, *args))
     for round_id in range(args.rounds):
-        steps, waiting.seconds, start = llm.stats()["steps"], 0.0, time.perf_counter()
+        before, start = engine.counts.copy(), time.perf_counter()
         outputs = llm.generate(prompts, params)
-        seconds, steps = time.perf_counter() - start, llm.stats()["steps"] - steps
+        seconds, counts = time.perf_counter() - start, engine.counts - before
         num_tokens = sum(len(out.outputs[0].token_ids) for out in outputs)
         assert num_tokens == sum(lengths), f"{num_tokens} tokens, not {sum(lengths)}"
-        host = seconds - waiting.seconds
+        host, steps = seconds - counts["seconds_waited"], counts["steps"]
         print(f"  round {round_id + 1}: {num_tokens / seconds:10,.1f} tokens/s, "
               f"{floor / seconds:.1%} of the roofline; host {host / steps * 1e6:,.0f} us a step, "
               f"{host / seconds:.1%} of the time", flush=True)
