@@ -1369,17 +1369,16 @@ class Engine:
         Each beam of the next step is a fork of one of this step. Then those of this step are
         freed, and with them the blocks that nothing goes on from (paper, Fig 9).
         """
-        parents, width = group.unfinished(), group.width
-        parent_of = {self._append_token(parent.fork(), token_id, logprob): parent
-                     for parent in parents for token_id, logprob in sampled[parent][2].items()}
+        parent_of = {self._append_token(parent.fork(), *offer): parent     # a token and its logprob
+                     for parent in group.unfinished() for offer in sampled[parent][2].items()}
         ranked = sorted(parent_of, key=lambda seq: seq.cumulative_logprob, reverse=True)
-        beams = [seq for seq in ranked if not seq.finish_reason][:width]
-        ended = [seq for seq in group.seqs + ranked[:width] if seq.finish_reason]
-        ended = sorted(ended, key=beam_score, reverse=True)[:width]
+        beams = [seq for seq in ranked if not seq.finish_reason][:group.width]
+        ended = [seq for seq in group.seqs + ranked[:group.width] if seq.finish_reason]
+        ended = sorted(ended, key=beam_score, reverse=True)[:group.width]
         group.seqs = hopeful(beams, ended, group.params) + ended
         for seq in parent_of.keys() & group.seqs:  # the new ones: others ended before
             self.pool.fork(parent_of[seq], seq)
-        self.pool.free(*parents)
+        self.pool.free(*parent_of.values())        # named again, a parent has nothing left
 
     def _append_token(self, seq, token_id, logprob, logprobs=None):
         """Add a token; show more of the text; set finish_reason if it was the last -> seq."""
