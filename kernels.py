@@ -99,10 +99,8 @@ def write_kv_reference(k, v, k_cache, v_cache, slot_mapping):
     Shapes: k, v (T, K, D); k_cache, v_cache (N, B, K, D), any strides; slot_mapping (T,) int64,
         none of them negative: only the kernel takes padding.
     """
-    block_size = k_cache.shape[1]
-    where = slot_mapping // block_size, slot_mapping % block_size
-    k_cache.index_put_(where, k)
-    v_cache.index_put_(where, v)
+    where = slot_mapping // k_cache.shape[1], slot_mapping % k_cache.shape[1]    # block, offset
+    k_cache[where], v_cache[where] = k, v
 
 
 @triton.jit
