@@ -62,20 +62,19 @@ def fit_kv_cache(num_blocks, num_layers, *shape, utilization=1.0, largest_step=N
     copies to and from a GPU.
     Raises: MemoryError.
     """
-    device, memory = shape[-1], 1 << 30
-    block_bytes = new_kv_cache(num_layers, 1, *shape).nbytes
+    block, memory = new_kv_cache(num_layers, 1, *shape), 1 << 30
     if num_blocks and hasattr(os, "sysconf"):
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if device == "cuda":
+    if block.is_cuda:
         torch.cuda.empty_cache()                   # what a model that is gone has left
-        largest_step(new_kv_cache(num_layers, 1, *shape))
+        largest_step(block)
         free, total = torch.cuda.mem_get_info()
         memory = int(free - total * (1 - utilization))
     if num_blocks is None:
-        num_blocks = max(1, min(memory // block_bytes, 1 << 20))     # more would slow the host
-    if num_blocks * block_bytes > memory:
-        raise MemoryError(f"{num_blocks} KV blocks take {num_blocks * block_bytes:,} bytes, where "
-                          f"{device} has {memory:,}; lower num_blocks, swap_blocks or block_size")
+        num_blocks = max(1, min(memory // block.nbytes, 1 << 20))    # more would slow the host
+    if (needed := num_blocks * block.nbytes) > memory:
+        raise MemoryError(f"{num_blocks} KV blocks take {needed:,} bytes, where {block.device} has "
+                          f"{memory:,}; lower num_blocks, swap_blocks or block_size")
     kv_cache = new_kv_cache(num_layers, num_blocks, *shape)
     return kv_cache.pin_memory() if pin and num_blocks else kv_cache
 
