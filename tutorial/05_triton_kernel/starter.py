@@ -40,8 +40,6 @@ def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out
     start, context_len = tl.load(query_start + seq), tl.load(context_lens + seq)
     num_queries = tl.load(query_start + seq + 1) - start
     first_query = (query_tile - start // QUERIES - seq) * QUERIES if PROMPT else 0
-    if (first_query >= num_queries) | ((num_queries > few) != PROMPT):
-        return
 
     # 2. Its part of the keys that the last of its queries sees.
     seen = context_len - tl.maximum(num_queries - first_query - QUERIES, 0)
@@ -49,8 +47,8 @@ def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out
     size = tl.maximum(tl.cdiv(key_tiles, tl.num_programs(2)), least)
     num_parts = tl.maximum(tl.cdiv(key_tiles, size), 1)
     first, last = part * size, tl.minimum((part + 1) * size, key_tiles)
-    if part >= num_parts:
-        return
+    if (first_query >= num_queries) | ((num_queries > few) != PROMPT) | (part >= num_parts):
+        return                                # no such tile, the other launch's, or no such part
 
     # 3. Its rows, and their q.
     kv_head, row, d = tl.program_id(0), tl.arange(0, ROWS), tl.arange(0, DIM)
