@@ -154,13 +154,12 @@ def copy_blocks(kv_cache, pairs):
     Shapes: kv_cache (L, 2, N, B, K, D); pairs (P, 2) int64. The destinations are distinct, and
         none is also a source: the order of the copies is not defined.
     """
-    L, _, _, B, K, D = kv_cache.shape
-    # all K and V stand at one distance from the next, and a block is one piece of memory
-    strides = (2 * kv_cache.stride(1), *kv_cache.stride()[1:3], K * D, D, 1)
-    check_arguments(kv_cache.device, kv_cache.dtype, kv_cache=(kv_cache, kv_cache.shape, strides))
-    check_arguments(kv_cache.device, torch.int64, pairs=(pairs, (len(pairs), 2), (2, 1)))
-    copy_blocks_kernel[(len(pairs), 2 * L, triton.cdiv(B * K * D, 4096))](
-        kv_cache, pairs, *strides[1:3], SIZE=B * K * D, CHUNK=4096)
+    # (2L, N, B * K * D), or torch refuses, if a block is not one piece of memory
+    kv = kv_cache.view(2 * len(kv_cache), kv_cache.shape[2], -1)
+    check_arguments(kv.device, kv.dtype, kv_cache=(kv, kv.shape))
+    check_arguments(kv.device, torch.int64, pairs=(pairs, (len(pairs), 2), (2, 1)))
+    copy_blocks_kernel[(len(pairs), len(kv), triton.cdiv(kv.shape[2], 4096))](
+        kv, pairs, *kv.stride()[:2], SIZE=kv.shape[2], CHUNK=4096)
 
 
 def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, query_start, *,
