@@ -512,8 +512,8 @@ def cut_probs_reference(probs, top_p, top_k, min_p):
 
     Shapes: probs (S, V) float32; the options (S, 1) float64.
     """
-    probs = probs.masked_fill(probs < min_p * probs.amax(-1, keepdim=True), 0)
     ranked, token_ids = probs.sort(descending=True)
+    ranked[ranked < min_p * ranked[:, :1]] = 0
     ranked[(top_k > 0) & (torch.arange(probs.shape[1], device=probs.device) >= top_k)] = 0
     summed = ranked.cumsum(-1, dtype=torch.float64)
     # the token that passes top_p is kept too, and so the first one always is
