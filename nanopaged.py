@@ -879,10 +879,9 @@ class Scheduler:
         swap = {"auto": len(group.unfinished()) > 1, "swap": True, "recompute": False}
         if swap[self.preemption] and len(group.blocks()) <= self.swap_pool.num_free:
             self.swap_pool.take_over(group, self.pool)
-            self.counts["preemptions_swap"] += 1
         else:                                      # the tokens stay, a prefill brings K and V back
             self.pool.free(*group.seqs)
-            self.counts["preemptions_recompute"] += 1
+        self.counts["preemptions_swap" if group.blocks() else "preemptions_recompute"] += 1
         self.waiting.appendleft(group)             # it arrived before all that wait
 
     def finish(self, *groups):
