@@ -120,19 +120,21 @@ def require(ok, name, value, allowed, error=ValueError):
 
 
 def check(name, value, limits):
-    """Require a value of a list of choices, or one within (type, lowest, highest)."""
+    """Require a value of a list of choices, or one within (type, lowest, highest).
+
+    Behind the highest may stand a value that will do, too, such as None.
+    """
     if isinstance(limits, list):
         return require(value in limits, name, value, f"one of {limits}")
-    kind, low, high = limits
-    ok = type(value) in (int, kind) and low <= value <= high                # NaN compares false
+    kind, low, high, *also = limits
+    ok = type(value) in (int, kind) and low <= value <= high or value in also     # NaN: neither
     ok or require(ok, name, value, f"{kind.__name__} from {low} to {high}")   # no text for nothing
 
 
-def check_all(settings, limits, optional=()):
-    """Check those of {name: value} that `limits` names; None will do for those in `optional`."""
-    for name, value in settings.items():
-        if name in limits and (value is not None or name not in optional):
-            check(name, value, limits[name])
+def check_all(settings, limits):
+    """Check those of {name: value} that `limits` names."""
+    for name in sorted(settings.keys() & limits):
+        check(name, settings[name], limits[name])
 
 
 @contextmanager
@@ -493,14 +495,14 @@ class OutOfBlocks(MemoryError):
     """The block pool cannot hold what was asked for; nothing was changed."""
 
 
-# Every setting of the API and the command line: (type, lowest, highest), or a list of choices.
+# Every setting of the API and the command line: see check().
 LIMITS = {
-    **dict.fromkeys(("n", "beam_width", "max_tokens", "num_blocks", "max_num_seqs",
-                     "max_num_batched_tokens"), (int, 1, 1 << 31)),
+    **dict.fromkeys(("n", "beam_width", "max_tokens", "max_num_seqs", "max_num_batched_tokens"),
+                    (int, 1, 1 << 31)), "num_blocks": (int, 1, 1 << 31, None),
     **dict.fromkeys(("ignore_eos", "enable_prefix_caching", "enforce_eager"), [False, True]),
-    "temperature": (float, 0, 1e6), "top_p": (float, 1e-6, 1), "min_p": (float, 0, 1),
-    "top_k": (int, -1, 1 << 31), "repetition_penalty": (float, 0.001, 1000),
-    "seed": (int, 0, (1 << 63) - 1), "logprobs": (int, 0, 100), "max_model_len": (int, 2, 1 << 31),
+    "temperature": (float, 0, 1e6), "logprobs": (int, 0, 100, None), "top_k": (int, -1, 1 << 31),
+    "top_p": (float, 1e-6, 1), "min_p": (float, 0, 1), "repetition_penalty": (float, 0.001, 1000),
+    "seed": (int, 0, (1 << 63) - 1, None), "max_model_len": (int, 2, 1 << 31, None),
     "length_penalty": (float, -100, 100), "early_stopping": [False, True, "never"],
     "block_size": [1 << i for i in range(9)], "gpu_memory_utilization": (float, 0.01, 1),
     "swap_blocks": (int, 0, 1 << 31), "preemption": ["auto", "recompute", "swap"],
@@ -525,7 +527,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0       # above 1: tokens of prompt and output become less likely
 
     def __post_init__(self):
-        check_all(vars(self), LIMITS, optional=("seed", "logprobs"))
+        check_all(vars(self), LIMITS)
         for name, kind, low in (("stop", str, "\0"), ("stop_token_ids", int, 0)):
             given = getattr(self, name)
             items = [given] if isinstance(given, str) else given or []
@@ -1468,7 +1470,7 @@ class LLM:
                  max_model_len=None, seed=0, load_format="auto", skip_tokenizer_init=False,
                  enforce_eager=False):
         """Load a model and set its KV cache aside: see the class."""
-        check_all(locals(), LIMITS, optional=("num_blocks", "max_model_len"))
+        check_all(locals(), LIMITS)
         require(swap_blocks or preemption != "swap", "swap_blocks", 0, "above 0 to preempt by swap")
         device = DEVICES[0] if device == "auto" else device
         folder = find_model(model)
