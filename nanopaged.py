@@ -683,11 +683,10 @@ class BlockPool:
         With B = 4 and num_kv = 8 both blocks are full, so one new token needs a third. And copies:
         of k sequences that share a block, and all write to it, the last one finds it its own.
         """
-        size = self.block_size
-        rows = sum(max(0, -(-(seq.num_kv + num_new) // size) - len(seq.block_table))
+        rows = sum(max(0, -(-(seq.num_kv + num_new) // self.block_size) - len(seq.block_table))
                    for seq, num_new in plan)
         # Where slot num_kv has a block already, that one is written next; a full one never is.
-        writers = Counter(b for seq, _ in plan for b in seq.block_table[seq.num_kv // size:])
+        writers = Counter(b for s, _ in plan for b in s.block_table[s.num_kv // self.block_size:])
         return rows + sum(min(k, self.ref_count[b] - 1) for b, k in writers.items())
 
     def _take(self, content=None):
