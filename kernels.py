@@ -234,9 +234,10 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
 #      2            5           3       4 5         4         1      queries 0-1 and 2
 #
 # How fine: where tiles (times KV heads) are few, into parts that make 2 programs for each SM, but
-# none below a tile (of a decode) or 64 tokens (of a prompt); where they are many, only into parts
-# of at least 4,096 tokens, lest one long context be read when all others have ended; and not at all
-# in a step of more than 1,024 tokens.
+# none below a tile (of a decode) or 64 tokens (of a prompt). Where they are many, lest one long
+# context be read when all others have ended, into parts of at least 1,024 tokens while all tiles
+# run at once (4 on each SM), and of 4,096 where they are more; and not at all in a step of more
+# than 1,024 tokens.
 
 
 # The numbers that change from step to step; Triton would compile once more for those that are 1, or
@@ -350,7 +351,9 @@ def attention_launches(T, S, K, G, dim, longest, max_query_len, short):
         else:                  # where programs are few, each needs more on its way
             tile, warps, stages = (64, 2, 2) if many and dim <= 128 else (32, 2, 3)
         # where they are many, most have nothing to do; least: tokens of a part
-        programs, least = (16384, 4096) if many else (2 * NUM_SMS, 64 if prompt else tile)
+        programs, least = (2 * NUM_SMS, 64 if prompt else tile)
+        if many:
+            programs, least = 16384, 1024 if items <= 4 * NUM_SMS else 4096
         # beside a long prompt, the merge would look through too many rows
         if T <= 1024 and not (many and prompt):
             parts = min(MAX_PARTS, -(-programs // items), -(-longest // least))

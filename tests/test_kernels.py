@@ -423,6 +423,19 @@ def test_kernel_splits_one_long_context_among_many(many_parts):
     assert_kernel_attends(paged)
 
 
+@needs_triton
+@pytest.mark.parametrize("num_seqs, num_parts", [(7, 2), (13, 1)])
+def test_kernel_splits_a_long_context_where_programs_are_many(num_seqs, num_parts, monkeypatch):
+    """One is read when all others have ended; or so many are cut that merging costs more."""
+    monkeypatch.setattr(kernels, "NUM_SMS", 3)
+    launches, parts = kernels.attention_launches, set()
+    monkeypatch.setattr(kernels, "attention_launches", lambda *args: (
+        parts.add(launch[0][2]) or launch for launch in launches(*args)))
+    lens = [(1500, 1), *[(i, 1) for i in range(num_seqs - 1)]]
+    assert_kernel_attends(on_device(lens, heads=(2, 1), block_size=256))
+    assert parts == {num_parts}
+
+
 @needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_kernel_at_128k(dtype):
