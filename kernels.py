@@ -405,21 +405,24 @@ def flat_batch(rows, block_size, device):
     references.
     """
     ids, firsts, tables, wanted = zip(*rows, strict=True)
-    spans = [range(first, first + len(new)) for first, new in zip(firsts, ids, strict=True)]
     ends = [*accumulate(map(len, ids), initial=0)]
-    maps = {"context_lens": [span.stop for span in spans],            # (S,) this step's included
-            "query_start": ends,                        # (S+1,) row of each's first token, and T
+    maps = {"query_start": ends,                        # (S+1,) row of each's first token, and T
+            # (S,) this step's included
+            "context_lens": [first + len(new) for new, first in zip(ids, firsts, strict=True)],
             # (S, M): all as long as the longest
             "block_tables": [*zip(*zip_longest(*tables, fillvalue=0), strict=True)]}
     maps = {name: upload(values, device, torch.int32) for name, values in maps.items()}
+    # Of each token, on the device: whose it is (3 tokens and 1: 0 0 0 1), and its place in that
+    # text. The row behind a sequence's last token is ends[s + 1], the position context_lens[s].
+    seq = torch.repeat_interleave(maps["query_start"].diff(), output_size=ends[-1])          # (T,)
+    positions = torch.arange(ends[-1], device=device) - (
+        maps["query_start"][1:] - maps["context_lens"])[seq]
+    blocks = maps["block_tables"][seq, positions // block_size]
     write, attention = ((write_kv, paged_attention) if device.type == "cuda" else
                         (write_kv_reference, paged_attention_reference))
     return SimpleNamespace(
         input_ids=upload([token_id for new in ids for token_id in new], device),             # (T,)
-        positions=upload([i for span in spans for i in span], device),     # (T,) in their own texts
-        # (T,) where K and V go
-        slot_mapping=upload([table[i // block_size] * block_size + i % block_size for table, span
-                             in zip(tables, spans, strict=True) for i in span], device),
+        positions=positions, slot_mapping=blocks.long() * block_size + positions % block_size,
         last_rows=upload([end - 1 for end in compress(ends[1:], wanted)], device),
         write_kv=write, **maps,
         attend=functools.partial(attention, **maps, max_query_len=max(map(len, ids))))
