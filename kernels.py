@@ -445,7 +445,8 @@ def linear_reference(x, matrix, norm=None, rope=None, heads=(), activation=None,
         qk = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=2)   # (T, heads of q and k, D)
         y = torch.cat((qk, v), dim=1).flatten(1)
     y = activation(y) if activation else y
-    return y if residual is None else residual + y
+    # as float32: torch's compiler would have cuBLAS add it, which copies the residual first
+    return y if residual is None else (residual.float() + y.float()).to(y.dtype)
 
 
 # ---- the same for one row -----------------------------------------------------------------------
