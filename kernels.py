@@ -151,8 +151,9 @@ def copy_blocks_kernel(kv_cache, pairs, c_kv, c_block, SIZE: tl.constexpr, CHUNK
 def copy_blocks(kv_cache, pairs):
     """copy_blocks_reference within one cache, all layers in one launch (paper 5.1).
 
-    Shapes: kv_cache (L, 2, N, B, K, D); pairs (P, 2) int64. The destinations are distinct, and
-        none is also a source: the order of the copies is not defined.
+    Shapes: kv_cache (L, 2, N, B, K, D), as new_kv_cache makes it; pairs (P, 2) int64. The
+        destinations are distinct, and none is also a source: the copies have no order.
+    Raises: ValueError, or torch's RuntimeError for a cache whose blocks are in several pieces.
     """
     # (2L, N, B * K * D), or torch refuses, if a block is not one piece of memory
     kv = kv_cache.view(2 * len(kv_cache), kv_cache.shape[2], -1)
@@ -528,40 +529,33 @@ def cut_probs_reference(probs, top_p, top_k, min_p):
     return probs.scatter(1, token_ids, ranked)     # back to their places: all of them
 
 
-def sample_reference(logits, cut, seeds, positions, temperature, top_p, top_k, min_p):
-    """A token for each row; temperature 0 is greedy -> (S,).
+def draw_reference(logits, cut, keys, options):
+    """A token for each row, and its log-probability -> (2, S) float64; temperature 0 is greedy.
 
     The largest of logit / temperature + Gumbel noise is a draw from their softmax (Gumbel 1954),
-    with neither sums nor an order. Seed and position of the new token give all the noise of a row.
+    with neither sums nor an order. The key of a row gives all its noise.
     (In a row of NaN, from an overflow in float16, some token wins and harms no other row.)
 
-    Shapes: logits (S, V); seeds, positions (S, 1) int64; the options (S, 1) float64. cut: whether
-        top_p, top_k or min_p of any row leave tokens out.
+    Shapes: logits (S, V); keys (S, 1) int64; options (S, 4) float64: temperature, top_p, top_k,
+        min_p. cut: whether the last three of any row leave tokens out.
     """
-    logits = logits.float()
+    logits, (temperature, *cuts) = logits.float(), options.split(1, dim=1)
     # 1e-6 stands in for the greedy rows, whose draw is not used
     scores = logits / temperature.clamp(min=1e-6).float()
     if cut:
-        left = cut_probs_reference(scores.softmax(-1), top_p, top_k, min_p)
+        left = cut_probs_reference(scores.softmax(-1), *cuts)
         scores = scores.masked_fill(left == 0, -torch.inf)
     token_ids = torch.arange(logits.shape[1], device=logits.device)
     # u in [0, 1], precise near 0: as times, -log(1 - u), the shortest win
-    bits = random_bits_reference(random_bits_reference(seeds, positions), token_ids)
-    u = (bits >> 1 & (1 << 63) - 1).float() * 2.0 ** -63
+    u = (random_bits_reference(keys, token_ids) >> 1 & (1 << 63) - 1).float() * 2.0 ** -63
     noise = -torch.log(-torch.log1p(-u).clamp(-100, -1e-38))
     scores = torch.where(temperature > 0, scores + noise, logits) + 0.0    # -0.0 is 0.0
     # The first of the largest: the maximum of integers in the order of the scores, with the token
     # behind. On a GPU many programs share a maximum, but only one looks for a row's argmax.
     bits = scores.view(torch.int32)
     order = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32 | (token_ids[-1] - token_ids)
-    return token_ids[-1] - (order.amax(-1) & 0xFFFFFFFF)
-
-
-def draw_reference(logits, *options):
-    """sample_reference's tokens, and their log-probabilities below -> (2, S) float64."""
-    tokens = sample_reference(logits, *options)
-    logprobs = logits.float().log_softmax(-1).gather(1, tokens[:, None])[:, 0]
-    return torch.stack((tokens.double(), logprobs.double()))
+    tokens = token_ids[-1] - (order.amax(-1, keepdim=True) & 0xFFFFFFFF)
+    return torch.cat((tokens.double(), logits.log_softmax(-1).gather(1, tokens)), dim=1).T
 
 
 class DecodeGraphs:
@@ -569,8 +563,9 @@ class DecodeGraphs:
 
     Why: a step is hundreds of small kernels, and Python launches them more slowly than they run. A
     captured graph is launched by one call, and works on the same memory each time: for each of a
-    few sizes a batch that load() fills, and logits. A replay also moves the rows on by one token's
-    place. So whoever puts the new tokens into input_ids can replay it again.
+    few sizes a batch that load() fills; keys and options for draw_reference, as run_ahead() says;
+    logits; and what is drawn. A replay also puts the new tokens in and moves the rows on by one
+    place. So it can be replayed again at once.
     """
 
     def __init__(self, model, kv_cache, max_num_seqs, max_model_len):
@@ -582,18 +577,21 @@ class DecodeGraphs:
         for size in {min(n, max_num_seqs) for n in (1, 2, 4, 8, 16, *range(32, 513, 32), 1 << 31)}:
             rows = [([0], 0, [0] * -(-max_model_len // B), True)] * size
             batch = flat_batch(rows, B, kv_cache.device)
-            model(batch, kv_cache)                 # compiles, which no capture may contain
+            batch.keys = batch.positions.new_zeros(size, 1)
+            batch.options = batch.keys.new_zeros(size, 4, dtype=torch.float64)
+            # compiles, which no capture may contain
+            self.draw(model(batch, kv_cache), False, batch.keys, batch.options)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool):
                 blocks = batch.block_tables.gather(1, batch.positions[:, None] // B)[:, 0]
                 torch.add(batch.positions % B, blocks, alpha=B, out=batch.slot_mapping)
                 logits = model(batch, kv_cache)
+                batch.drawn = self.draw(logits, False, batch.keys, batch.options)
+                batch.input_ids.copy_(batch.drawn[0])
                 alive = batch.context_lens > 0     # the others are padding
                 batch.positions += alive
                 batch.context_lens += alive
             self.graphs[size] = graph, batch, logits
-            keys, options = [batch.positions[:, None]] * 2, [logits[:, :1].double()] * 4
-            self.run_ahead(rows, None, 1, False, *keys, *options)      # compiles the draw
 
     def load(self, batch):
         """Put a batch where the smallest graph works that takes it -> graph, its batch, logits."""
@@ -606,32 +604,33 @@ class DecodeGraphs:
         return graph, memory, logits
 
     def __call__(self, batch, kv_cache):
-        """-> logits (len(batch.last_rows), V)."""
+        """-> logits (len(batch.last_rows), V). What the graph draws from them is not used."""
         if len(batch.input_ids) > len(batch.context_lens):
             return self.model(batch, kv_cache)
         graph, _, logits = self.load(batch)
         graph.replay()
         return logits[batch.last_rows]
 
-    def run_ahead(self, rows, sources, num_steps, cut, seeds, _positions, *options):
+    def run_ahead(self, rows, sources, num_steps, cut, places, options):
         """Draw from the logits and go on with the tokens, num_steps times; nothing here waits.
 
         rows: see flat_batch. sources: the rows of the last call whose last tokens these go on from,
         as the host does not know them yet; or None. Behind num_steps: sampling_options. -> what
         each step draws, with padding, on the host, and the event after which it is there.
         """
-        batch, steps = flat_batch(rows, self.block_size, seeds.device), []
+        batch, steps = flat_batch(rows, self.block_size, places.device), []
         if sources is not None:                    # the last call left them where its graph reads
-            batch.input_ids = self.memory.input_ids[upload(sources, seeds.device)]
-        graph, self.memory, logits = self.load(batch)
-        padding = 0, 0, 0, len(logits) - len(seeds)
-        # view: the strides for which it was compiled, also where one row comes as part of a table
-        seeds, *options = (F.pad(x, padding).view(-1, 1) for x in (seeds, *options))
-        # The positions are the graph's own, which move on.
-        draw, positions = draw_reference if cut else self.draw, self.memory.positions[:, None]
-        for _ in range(num_steps):
+            batch.input_ids = self.memory.input_ids[upload(sources, places.device)]
+        graph, memory, logits = self.load(batch)
+        memory.options[:len(rows)], self.memory = options, memory
+        # (num_steps, S, 1): of the new tokens. Where the rows go on, `places` are of earlier ones.
+        later = torch.arange(1, num_steps + 1, device=places.device)[:, None, None]
+        for keys in random_bits_reference(places[:, :1], batch.positions[:, None] + later):
+            memory.keys[:len(rows)] = keys
             graph.replay()
-            steps.append(draw(logits, cut, seeds, positions, *options))
-            self.memory.input_ids.copy_(steps[-1][0])
+            if cut:                                # what the graph has drawn itself is not used
+                memory.drawn.copy_(draw_reference(logits, cut, memory.keys, memory.options))
+                memory.input_ids.copy_(memory.drawn[0])
+            steps.append(memory.drawn.clone())
         steps = torch.stack(steps).to("cpu", non_blocking=True)
         return steps, torch.cuda.current_stream().record_event()

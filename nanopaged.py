@@ -122,12 +122,12 @@ def require(ok, name, value, allowed, error=ValueError):
 def check(name, value, limits):
     """Require a value of a list of choices, or one within (type, lowest, highest).
 
-    Behind the highest may stand a value that will do, too, such as None.
+    Where None stands behind the highest, it will do, too. NaN compares false, and so never will.
     """
     if isinstance(limits, list):
         return require(value in limits, name, value, f"one of {limits}")
     kind, low, high, *also = limits
-    ok = type(value) in (int, kind) and low <= value <= high or value in also     # NaN: neither
+    ok = type(value) in (int, kind) and low <= value <= high or value is None and None in also
     ok or require(ok, name, value, f"{kind.__name__} from {low} to {high}")   # no text for nothing
 
 
@@ -1092,11 +1092,14 @@ def load_model(config, folder, device, dtype, load_format="auto", compiled=False
 
 
 def sampling_options(seqs, device):
-    """What kernels.sample_reference takes behind the logits, to draw the rows' next tokens."""
+    """Whether tokens are cut, seeds and positions (S, 2), and options for kernels.draw_reference.
+
+    The positions are those of the rows' next tokens.
+    """
     options = [(p.temperature, p.top_p, p.top_k, p.min_p) for p in (seq.params for seq in seqs)]
     cut = any(top_p < 1 or top_k > 0 or min_p > 0 for _, top_p, top_k, min_p in options)
-    keys = kernels.upload([(seq.seed, seq.num_tokens) for seq in seqs], device).split(1, dim=1)
-    return cut, *keys, *kernels.upload(options, device, torch.float64).split(1, dim=1)
+    places = kernels.upload([(seq.seed, seq.num_tokens) for seq in seqs], device)
+    return cut, places, kernels.upload(options, device, torch.float64)
 
 
 def top_logprobs(logprobs, row, token_id, num):
@@ -1110,20 +1113,25 @@ def top_logprobs(logprobs, row, token_id, num):
         return dict(zip(token_ids, logprobs[row, token_ids].tolist(), strict=True))
 
 
-def sample(logits, seqs, wait=lambda read: read()):
+def sample(logits, seqs, wait=lambda read: read(), draw=kernels.draw_reference):
     """One token for each row -> [(token_id, logprob, {token_id: logprob} or None), ...].
 
     The log-probabilities are the model's own, before penalty, temperature and filters. wait(read)
-    gives what read() returns once the device has got that far.
+    gives what read() returns once the device has got that far. draw: for rows without cuts,
+    draw_reference or what torch has compiled of it, for logits of their own type.
     """
-    logprobs = logits.log_softmax(-1)
+    logprobs = logits.float().log_softmax(-1)
     for row, seq in enumerate(seqs):
         if (penalty := seq.params.repetition_penalty) != 1:
-            seen = kernels.upload(seq.token_ids, logits.device)    # each of them is penalised once
-            score = logits[row, seen]              # multiplying lowers a negative score
+            logits, draw = logits.float(), kernels.draw_reference  # exact, not compiled
+            # each token is penalised once; multiplying lowers a negative score
+            score = logits[row, seen := kernels.upload(seq.token_ids, logits.device)]
             logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
-    tokens = (kernels.sample_reference(logits, *sampling_options(seqs, logits.device))
-              if any(seq.params.temperature for seq in seqs) else logits.argmax(-1))
+    tokens = logits.argmax(-1)
+    if any(seq.params.temperature for seq in seqs):
+        cut, places, options = sampling_options(seqs, logits.device)
+        keys = kernels.random_bits_reference(*places.split(1, dim=1))
+        tokens = (kernels.draw_reference if cut else draw)(logits, cut, keys, options)[0].long()
     chosen = wait(logprobs.gather(1, tokens[:, None])[:, 0].tolist)
     return [(token, chosen[row], top_logprobs(logprobs, row, token, seqs[row].params.logprobs))
             for row, token in enumerate(tokens.tolist())]
@@ -1138,7 +1146,7 @@ def largest_step(model, kv_cache, num_seqs, num_tokens):
     seq.block_table = [0] * max(seq.num_tokens, 1024)
     batch = make_batch([(seq, seq.num_tokens)] * num_seqs, kv_cache.shape[3], kv_cache.device)
     with reading("the largest step; lower max_num_seqs or max_num_batched_tokens"):
-        sample(model(batch, kv_cache).float(), [seq] * num_seqs)
+        sample(model(batch, kv_cache), [seq] * num_seqs)
 
 
 def beam_score(seq, num_generated=None):
@@ -1316,7 +1324,7 @@ class Engine:
         """Run the model, and sample -> the groups that got a token."""
         self._move_blocks()
         batch = make_batch(scheduled, self.pool.block_size, self.kv_cache.device)
-        logits = (self.graphs or self.model)(batch, self.kv_cache).float()
+        logits = (self.graphs or self.model)(batch, self.kv_cache)
         # Up to here a step that is interrupted is simply done again, and from here on as well: a
         # sequence that has all its K and V, and no new token, computes its last one once more.
         for seq, num_new in scheduled:
@@ -1355,7 +1363,8 @@ class Engine:
                 row_of[child] = row_of[group.seqs[0]]
         self.counts["generated_tokens"] += len(row_of)
         logits = logits[kernels.upload([*row_of.values()], logits.device)]     # a list would wait
-        sampled = dict(zip(row_of, sample(logits, [*row_of], self._wait), strict=True))
+        draw = getattr(self.graphs, "draw", kernels.draw_reference)
+        sampled = dict(zip(row_of, sample(logits, [*row_of], self._wait, draw), strict=True))
         for group in groups:
             if isinstance(group.params, BeamSearchParams):
                 self._extend_beams(group, sampled)
@@ -1457,6 +1466,7 @@ class LLM:
     preemption: "recompute", "swap" (while swap_blocks last, then recompute), or "auto": swap for
         requests with several sequences, recompute for the others.
     max_model_len: most tokens of prompt and output; None is what model and pool can hold.
+    seed: makes the seeds of requests that have none; None is another one each time.
     load_format: "dummy" is random weights, for benchmarks.
     enforce_eager: on a GPU, no CUDA graphs and no compiler, to step through it; so does
         CUDA_LAUNCH_BLOCKING in the environment.

@@ -42,7 +42,6 @@ from nanopaged import (
     load_config,
     load_model,
     print_report,
-    sampling_options,
 )
 
 sys.path.insert(0, str(ROOT / "tutorial" / "11_never_wait"))
@@ -390,22 +389,6 @@ def test_up_to_the_last_token_of_the_model(ahead):
 # --- on a GPU -----------------------------------------------------------------------------------
 
 
-def test_a_draw_is_called_as_it_was_compiled(ahead):
-    """Other strides than at the start: torch compiles again, under the first request."""
-    llm, strides = ahead(MODEL), set()
-    graphs, draw = llm.engine.graphs, llm.engine.graphs.draw
-
-    def spy(logits, cut, keys, *options):
-        assert not cut and len(logits) == len(keys)
-        strides.update(x.stride() for x in (keys, *options))
-        return draw(logits, cut, keys, *options)
-
-    graphs.draw = spy
-    serve(llm, [([1, 2, 3], greedy_params()), ([4], greedy_params(temperature=1.0, seed=1))])
-    serve(llm, [([1, 2, 3], greedy_params())])
-    assert strides == {(1, 1)}
-
-
 def test_a_compiled_model_goes_when_nobody_holds_it():
     """Layers that hold themselves: two models do not fit until Python looks for cycles."""
     folder = find_model("tiny")
@@ -425,18 +408,28 @@ def test_a_compiled_draw_is_the_plain_one():
     """The compiler rounds otherwise, and other tokens win; a CPU draws others than a GPU."""
     draw = torch.compile(kernels.draw_reference, dynamic=True)
     for num_rows, size in ((1, 1000), (2, 1000), (33, 50_257), (256, 128_256)):
-        logits = 3 * torch.randn(num_rows, size, generator=torch.Generator().manual_seed(size))
-        llm = golden_llm(MODEL)
-        for i in range(num_rows):
-            llm.engine.add_request([1], SamplingParams(seed=i, temperature=i % 3 / 2))
-        seqs = [group.seqs[0] for group in llm.engine.scheduler.waiting]
-        want = kernels.draw_reference(logits, *sampling_options(seqs, "cpu"))
-        options = sampling_options(seqs, "cuda")
+        gen = torch.Generator().manual_seed(size)
+        logits = 3 * torch.randn(num_rows, size, generator=gen)
+        keys = torch.randint(-1 << 62, 1 << 62, (num_rows, 1), generator=gen)
+        options = torch.tensor([[i % 3 / 2, 1, 0, 0] for i in range(num_rows)]).double()
+        want = kernels.draw_reference(logits, False, keys, options)
         for function in (draw, kernels.draw_reference):
-            tokens, logprobs = function(logits.cuda(), *options)
-            assert (tokens.cpu() == want[0]).float().mean() > 0.99      # near ties may round over
+            tokens, logprobs = function(logits.cuda(), False, keys.cuda(), options.cuda())
+            assert (tokens.cpu() == want[0]).double().mean() > 0.99      # near ties may round over
             assert (logprobs.cpu() - want[1]).abs().max() < 1e-3 or not torch.equal(
                 tokens.cpu(), want[0])
+
+
+@needs_gpu
+def test_nothing_is_compiled_under_a_request(ahead):
+    """Other strides or types than at the start: torch compiles again, while somebody waits."""
+    COMPILED.clear()                               # lest an earlier test has compiled it
+    llm = ahead(MODEL)
+    ready = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    for n in (1, 2, 5):
+        serve(llm, [([1, 2, 3], greedy_params(temperature=1.0, seed=i, max_tokens=20))
+                    for i in range(n)])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == ready > 0
 
 
 @needs_gpu

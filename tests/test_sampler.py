@@ -361,6 +361,17 @@ def test_repetition_penalty(penalty, logits, seen, token):
     assert logprob == pytest.approx(row(*logits).double().log_softmax(-1)[0, got].item(), abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_penalty_is_not_rounded(dtype):
+    """A small penalty is lost, as logits have 8 or 11 bits; or a large score overflows."""
+    seq = make_seq(0, SamplingParams(temperature=0, repetition_penalty=1.0001), 0)
+    seq.token_ids += [0]
+    assert sample(row(20.0, 20.0).to(dtype), [seq])[0][0] == 1
+    seq = make_seq(0, SamplingParams(temperature=0, repetition_penalty=0.001), 0)
+    seq.token_ids += [0, 1]
+    assert sample(row(70.0, 90.0).to(dtype), [seq])[0][0] == 1
+
+
 def test_the_penalty_is_each_rows_own():
     """Tokens that a neighbour has seen."""
     logits = row(2.0, 1.9, 0.0).repeat(3, 1)

@@ -1,7 +1,7 @@
 """In place of CUDA graphs, on a CPU: what a replay does is done by the model itself, and counted.
 
     graph, batch, logits = graphs.load(batch)      kernels.DecodeGraphs: fixed memory, padded
-    graph.replay()                                 here: rows that are no padding, then positions
+    graph.replay()                                 here: rows that are no padding, then a draw
 
 All else, such as what is put where before and after a replay, is the engine's own code.
 """
@@ -32,6 +32,9 @@ class Replay:
         self.owner, self.model, self.kv_cache = owner, engine.model, engine.kv_cache
         num_columns = -(-engine.max_model_len // engine.pool.block_size)
         self.memory = self.flat_batch([([0], 0, [0] * num_columns, True)] * size)
+        self.memory.keys = torch.zeros(size, 1, dtype=torch.int64)
+        self.memory.options = torch.zeros(size, 4, dtype=torch.float64)
+        self.memory.drawn = torch.zeros(2, size, dtype=torch.float64)
         self.logits = torch.zeros(size, engine.model.config.vocab_size)
 
     def flat_batch(self, rows):
@@ -48,6 +51,8 @@ class Replay:
         self.logits[:len(rows)] = self.model(self.flat_batch(rows), self.kv_cache)
         m.positions += alive
         m.context_lens += alive
+        m.drawn.copy_(kernels.draw_reference(self.logits, False, m.keys, m.options))
+        m.input_ids.copy_(m.drawn[0])
         self.owner.num_replays += 1
 
 
@@ -55,8 +60,7 @@ class StandIn(kernels.DecodeGraphs):
     """DecodeGraphs on a CPU: what is played is the replay; all else is the engine's own code."""
 
     def __init__(self, engine):
-        self.model, self.draw = engine.model, kernels.draw_reference
-        self.block_size = engine.pool.block_size
+        self.model, self.block_size = engine.model, engine.pool.block_size
         self.num_replays = self.num_ahead = 0      # replays; tokens that were drawn ahead
         replays = {size: Replay(self, engine, size) for size in (1, 2, 4, 8, 16)}
         self.graphs = {size: (one, one.memory, one.logits) for size, one in replays.items()}
