@@ -533,11 +533,12 @@ def draw_reference(logits, cut, keys, options):
     """A token for each row, and its log-probability -> (2, S) float64; temperature 0 is greedy.
 
     The largest of logit / temperature + Gumbel noise is a draw from their softmax (Gumbel 1954),
-    with neither sums nor an order. The key of a row gives all its noise.
+    with neither sums nor an order. Seed and position of the new token give all the noise of a row.
     (In a row of NaN, from an overflow in float16, some token wins and harms no other row.)
 
-    Shapes: logits (S, V); keys (S, 1) int64; options (S, 4) float64: temperature, top_p, top_k,
-        min_p. cut: whether the last three of any row leave tokens out.
+    Shapes: logits (S, V); keys (S, 1) int64: random_bits_reference of seed and position; options
+        (S, 4) float64: temperature, top_p, top_k, min_p. cut: whether the last three of any row
+        leave tokens out.
     """
     logits, (temperature, *cuts) = logits.float(), options.split(1, dim=1)
     # 1e-6 stands in for the greedy rows, whose draw is not used

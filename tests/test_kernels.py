@@ -417,7 +417,7 @@ def test_kernel_splits_long_contexts(new, many_parts):
 
 @needs_triton
 def test_kernel_splits_one_long_context_among_many(many_parts):
-    """A batch of many tiles is split, too, if a table is long: here most rows have one part."""
+    """Rows of one part, which most have here, are merged, or the long one's parts are not."""
     paged = on_device([(i, 1) for i in range(9)] + [(LONG, 1)] + [(3, 1)] * 3, block_size=256)
     paged.padding = 40
     assert_kernel_attends(paged)
