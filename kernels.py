@@ -41,6 +41,8 @@ MAX_QUERY_RUN = 512
 
 NUM_SMS = 132         # of an H100 or H200. Elsewhere work is cut a little too fine or too coarse
 MAX_PARTS = 64        # of one context: merge_kernel reads all of them at once
+PIECE = 256           # tokens of a vocabulary: see draw_reference
+LOG2_E = 1.4426950408889634      # e ** x is 2 ** (x * LOG2_E), which is faster
 
 
 def new_kv_cache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dtype, device):
@@ -70,8 +72,8 @@ def fit_kv_cache(num_blocks, num_layers, *shape, utilization=1.0, largest_step=N
         largest_step(block)
         free, total = torch.cuda.mem_get_info()
         memory = int(free - total * (1 - utilization))
-    if num_blocks is None:
-        num_blocks = max(1, min(memory // block.nbytes, 1 << 20))    # more would slow the host
+    # as many as fit, but more would slow the host
+    num_blocks = max(1, min(memory // block.nbytes, 1 << 20)) if num_blocks is None else num_blocks
     if (needed := num_blocks * block.nbytes) > memory:
         raise MemoryError(f"{num_blocks} KV blocks take {needed:,} bytes, where {block.device} has "
                           f"{memory:,}; lower num_blocks, swap_blocks or block_size")
@@ -237,7 +239,7 @@ def paged_attention_reference(q, k_cache, v_cache, block_tables, context_lens, q
 # How fine: where tiles (times KV heads) are few, into parts that make 2 programs for each SM, but
 # none below a tile (of a decode) or 64 tokens (of a prompt). Where they are many, lest one long
 # context be read when all others have ended, into parts of at least 1,024 tokens while all tiles
-# run at once (4 on each SM), and of 4,096 where they are more; and not at all in a step of more
+# run at once (4 on each SM), and of 8,192 where they are more; and not at all in a step of more
 # than 1,024 tokens.
 
 
@@ -352,9 +354,8 @@ def attention_launches(T, S, K, G, dim, longest, max_query_len, short):
         else:                  # where programs are few, each needs more on its way
             tile, warps, stages = (64, 2, 2) if many and dim <= 128 else (32, 2, 3)
         # where they are many, most have nothing to do; least: tokens of a part
-        programs, least = (2 * NUM_SMS, 64 if prompt else tile)
-        if many:
-            programs, least = 16384, 1024 if items <= 4 * NUM_SMS else 4096
+        programs, least = ((16384, 1024 if items <= 4 * NUM_SMS else 8192) if many else
+                           (2 * NUM_SMS, 64 if prompt else tile))
         # beside a long prompt, the merge would look through too many rows
         if T <= 1024 and not (many and prompt):
             parts = min(MAX_PARTS, -(-programs // items), -(-longest // least))
@@ -383,9 +384,9 @@ def paged_attention(q, k_cache, v_cache, block_tables, context_lens, query_start
     part_y, part_lse = (q.new_empty(T * H * most_parts * n, dtype=torch.float32) for n in (dim, 1))
     results = part_y, part_lse, q.new_empty(T * H, dtype=torch.int32), most_parts
     for grid, scalars, sizes, options in launches:
-        attention_kernel[grid](                # scale * log2(e), as it works with powers of 2
+        attention_kernel[grid](
             q, k_cache, v_cache, block_tables, context_lens, query_start, out, *results, S,
-            *scalars, scale * 1.4426950408889634, *q.stride()[:2], *k_cache.stride()[:3],
+            *scalars, scale * LOG2_E, *q.stride()[:2], *k_cache.stride()[:3],
             block_tables.stride(0), *out.stride()[:2], G, D, B, dim, *sizes, **options)
     if most_parts > 1:
         merge_kernel[(H, T)](out, *results, query_start, S, *out.stride()[:2], D, dim, MAX_PARTS)
@@ -443,8 +444,8 @@ def linear_reference(x, matrix, norm=None, rope=None, heads=(), activation=None,
     if rope:
         qk, v = y.unflatten(1, (sum(heads), -1)).split((sum(heads[:2]), heads[2]), dim=1)
         (a, b), (cos, sin) = qk.chunk(2, dim=2), rope
-        qk = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=2)   # (T, heads of q and k, D)
-        y = torch.cat((qk, v), dim=1).flatten(1)
+        # (T, heads of q and k, D), turned; and behind them those of v
+        y = torch.cat((torch.cat((a * cos - b * sin, b * cos + a * sin), 2), v), 1).flatten(1)
     y = activation(y) if activation else y
     # as float32: torch's compiler would have cuBLAS add it, which copies the residual first
     return y if residual is None else (residual.float() + y.float()).to(y.dtype)
@@ -503,60 +504,74 @@ def linear(x, matrix, norm=None, rope=None, heads=(), activation=None, residual=
     return out
 
 
-def random_bits_reference(seeds, counters):
-    """64 bits for each seed and counter, by splitmix64 (Steele et al. 2014).
+def random_reference(seeds, counters):
+    """A number in [0, 1) for each seed and counter: 40 bits of splitmix64 (Steele et al. 2014).
 
-    Shapes: int64, broadcast against each other -> int64. Products wrap around, as they should; the
-    masks make the right shifts logical.
+    Shapes: int64, broadcast against each other -> float64. Products wrap around, as they should;
+    the masks make the right shifts logical.
     """
     x = counters + seeds * -0x61C8864680B583EB                             # 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47              # 0xBF58476D1CE4E5B9
     x = (x ^ (x >> 27 & (1 << 37) - 1)) * -0x6B2FB644ECCEEE15              # 0x94D049BB133111EB
-    return x ^ (x >> 31 & (1 << 33) - 1)
+    return ((x ^ (x >> 31 & (1 << 33) - 1)) >> 24 & (1 << 40) - 1).double() * 2.0 ** -40
 
 
-def cut_probs_reference(probs, top_p, top_k, min_p):
-    """Zero the tokens that min-p, then top-k and top-p rule out -> (S, V), no longer summing to 1.
+def kept_reference(weights, top_p, top_k, min_p):
+    """Whether min-p, then top-k and top-p keep each token -> (S, V) bool.
 
-    Shapes: probs (S, V) float32; the options (S, 1) float64.
+    Shapes: weights (S, V) float32, as shares of anything; the options (S, 1) float64.
     """
-    ranked, token_ids = probs.sort(descending=True)
+    ranked, token_ids = weights.sort(descending=True)
     ranked[ranked < min_p * ranked[:, :1]] = 0
-    ranked[(top_k > 0) & (torch.arange(probs.shape[1], device=probs.device) >= top_k)] = 0
+    ranked[(top_k > 0) & (torch.arange(ranked.shape[1], device=ranked.device) >= top_k)] = 0
     summed = ranked.cumsum(-1, dtype=torch.float64)
     # the token that passes top_p is kept too, and so the first one always is
-    ranked[(top_p < 1) & (summed - ranked >= top_p * summed[:, -1:])] = 0
-    return probs.scatter(1, token_ids, ranked)     # back to their places: all of them
+    kept = (ranked > 0) & ((top_p >= 1) | (summed - ranked < top_p * summed[:, -1:]))
+    return kept.scatter(1, token_ids, kept)        # back to their places: all of them
 
 
-def draw_reference(logits, cut, keys, options):
+def pick_reference(weights, u):
+    """Of weights laid end to end, the one in which the share u of their length ends.
+
+    Shapes: weights (S, n); u (S, 1) float64, in [0, 1) -> which (S, 1), never one of 0; and how far
+        into it that is, a share in [0, 1) again.
+    """
+    sums = weights.cumsum(-1, dtype=torch.float64)
+    target = u * weights.sum(-1, keepdim=True, dtype=torch.float64)
+    picked = (sums <= target).sum(-1, keepdim=True)
+    missed = (sums.gather(1, picked) - target) / weights.gather(1, picked)
+    return picked, (1 - missed).clamp(0, 1 - 2.0 ** -40)
+
+
+def draw_reference(logits, cut, seeds, lengths, options):
     """A token for each row, and its log-probability -> (2, S) float64; temperature 0 is greedy.
 
-    The largest of logit / temperature + Gumbel noise is a draw from their softmax (Gumbel 1954),
-    with neither sums nor an order. Seed and position of the new token give all the noise of a row.
-    (In a row of NaN, from an overflow in float16, some token wins and harms no other row.)
+    A token weighs e ** (logit / temperature). A random number u, which seed and length of a text
+    give, picks a piece of the vocabulary, and what is left of u a token in it: so the device sums
+    all pieces at once, and reads the logits once. Greedy is so cold that only the highest logits
+    weigh anything, and has u = 0, which picks the first. (In a row of NaN, from an overflow in
+    float16, some token wins and harms no other row.)
 
-    Shapes: logits (S, V); keys (S, 1) int64: random_bits_reference of seed and position; options
-        (S, 4) float64: temperature, top_p, top_k, min_p. cut: whether the last three of any row
-        leave tokens out.
+    Shapes: logits (S, V); seeds (S,) int64; lengths (S,): tokens of each text with the new one;
+        options (S, 4) float64: temperature, top_p, top_k, min_p. cut: whether the last three of any
+        row leave tokens out.
     """
     logits, (temperature, *cuts) = logits.float(), options.split(1, dim=1)
-    # 1e-6 stands in for the greedy rows, whose draw is not used
-    scores = logits / temperature.clamp(min=1e-6).float()
+    u = random_reference(seeds, lengths)[:, None] * (temperature > 0)
+    scale = (LOG2_E / temperature.clamp(min=1e-30)).float()[:, None]
+    pieces = F.pad(logits, (0, -logits.shape[1] % PIECE), value=-1e38).unflatten(1, (-1, PIECE))
+    # the highest of each piece (S, n, 1), and of the row (S, 1, 1): so no power is above 1, or NaN
+    tops = pieces.amax(-1, keepdim=True).clamp(min=-1e38)
+    top = tops.amax(1, keepdim=True)
+    weights, of_pieces = ((pieces - tops) * scale).exp2(), ((tops - top) * scale).exp2()
     if cut:
-        left = cut_probs_reference(scores.softmax(-1), *cuts)
-        scores = scores.masked_fill(left == 0, -torch.inf)
-    token_ids = torch.arange(logits.shape[1], device=logits.device)
-    # u in [0, 1], precise near 0: as times, -log(1 - u), the shortest win
-    u = (random_bits_reference(keys, token_ids) >> 1 & (1 << 63) - 1).float() * 2.0 ** -63
-    noise = -torch.log(-torch.log1p(-u).clamp(-100, -1e-38))
-    scores = torch.where(temperature > 0, scores + noise, logits) + 0.0    # -0.0 is 0.0
-    # The first of the largest: the maximum of integers in the order of the scores, with the token
-    # behind. On a GPU many programs share a maximum, but only one looks for a row's argmax.
-    bits = scores.view(torch.int32)
-    order = (bits ^ (bits >> 31 & 0x7FFFFFFF)).long() << 32 | (token_ids[-1] - token_ids)
-    tokens = token_ids[-1] - (order.amax(-1, keepdim=True) & 0xFFFFFFFF)
-    return torch.cat((tokens.double(), logits.log_softmax(-1).gather(1, tokens)), dim=1).T
+        weights = weights * kept_reference((weights * of_pieces).flatten(1), *cuts).view_as(weights)
+    piece, u = pick_reference((weights.sum(-1, keepdim=True) * of_pieces)[..., 0], u)
+    weights = weights.gather(1, piece[..., None].expand(-1, -1, PIECE))[:, 0]      # of this piece
+    tokens = piece * PIECE + pick_reference(weights, u)[0]
+    total = ((pieces - tops) * LOG2_E).exp2().sum(-1, keepdim=True) * ((tops - top) * LOG2_E).exp2()
+    logprobs = logits.gather(1, tokens) - top[:, 0] - total.sum(1).log()
+    return torch.cat((tokens.double(), logprobs), dim=1).T
 
 
 class DecodeGraphs:
@@ -564,41 +579,40 @@ class DecodeGraphs:
 
     Why: a step is hundreds of small kernels, and Python launches them more slowly than they run. A
     captured graph is launched by one call, and works on the same memory each time: for each of a
-    few sizes a batch that load() fills; keys and options for draw_reference, as run_ahead() says;
+    few sizes a batch that load() fills; seeds and options for draw_reference, as run_ahead() says;
     logits; and what is drawn. A replay also puts the new tokens in and moves the rows on by one
     place. So it can be replayed again at once.
     """
 
-    def __init__(self, model, kv_cache, max_num_seqs, max_model_len):
+    def __init__(self, model, kv_cache, num_seqs, max_model_len):
         self.model, self.graphs, pool = model, {}, torch.cuda.graph_pool_handle()
-        self.draw = torch.compile(draw_reference, dynamic=True, options={
-            "realize_opcount_threshold": 1000})    # all in one pass, the scores never in memory
+        self.draw = draw = torch.compile(draw_reference, dynamic=True)
         self.block_size = B = kv_cache.shape[3]
-        # by 32s up to 512, lest the logits of all sizes fill the memory; the last has room for all
-        for size in {min(n, max_num_seqs) for n in (1, 2, 4, 8, 16, *range(32, 513, 32), 1 << 31)}:
-            rows = [([0], 0, [0] * -(-max_model_len // B), True)] * size
+        # By 32s up to 512, lest the logits of all sizes fill the memory; the last has room for all.
+        # Sorted: torch compiles the draw for 1, and with 2 for any number.
+        for S in sorted({min(n, num_seqs) for n in (1, 2, 4, 8, 16, *range(32, 513, 32), 1 << 31)}):
+            rows = [([0], 0, [0] * -(-max_model_len // B), True)] * S
             batch = flat_batch(rows, B, kv_cache.device)
-            batch.keys = batch.positions.new_zeros(size, 1)
-            batch.options = batch.keys.new_zeros(size, 4, dtype=torch.float64)
+            batch.seeds = torch.zeros_like(batch.positions)
+            batch.options = batch.seeds.new_ones(S, 4, dtype=torch.float64)
             # compiles, which no capture may contain
-            self.draw(model(batch, kv_cache), False, batch.keys, batch.options)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool):
+            draw(model(batch, kv_cache), False, batch.seeds, batch.context_lens, batch.options)
+            with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool):
+                # padding has context 0, and stays there
+                batch.positions.copy_((batch.context_lens - 1).clamp(min=0))
                 blocks = batch.block_tables.gather(1, batch.positions[:, None] // B)[:, 0]
                 torch.add(batch.positions % B, blocks, alpha=B, out=batch.slot_mapping)
                 logits = model(batch, kv_cache)
-                batch.drawn = self.draw(logits, False, batch.keys, batch.options)
+                batch.context_lens += batch.context_lens > 0
+                batch.drawn = draw(logits, False, batch.seeds, batch.context_lens, batch.options)
                 batch.input_ids.copy_(batch.drawn[0])
-                alive = batch.context_lens > 0     # the others are padding
-                batch.positions += alive
-                batch.context_lens += alive
-            self.graphs[size] = graph, batch, logits
+            self.graphs[S] = graph, batch, logits
 
     def load(self, batch):
         """Put a batch where the smallest graph works that takes it -> graph, its batch, logits."""
         num_seqs, num_columns = batch.block_tables.shape
         graph, memory, logits = self.graphs[min(n for n in self.graphs if n >= num_seqs)]
-        for name in ("input_ids", "positions", "context_lens"):
+        for name in ("input_ids", "context_lens"):
             getattr(memory, name).copy_(F.pad(getattr(batch, name), (0, len(logits) - num_seqs)))
         memory.block_tables[:num_seqs, :num_columns] = batch.block_tables
         memory.block_tables[num_seqs:, 0] = -1     # padding has no block, and so no slot
@@ -612,25 +626,23 @@ class DecodeGraphs:
         graph.replay()
         return logits[batch.last_rows]
 
-    def run_ahead(self, rows, sources, num_steps, cut, places, options):
+    def run_ahead(self, rows, sources, num_steps, cut, seeds, options):
         """Draw from the logits and go on with the tokens, num_steps times; nothing here waits.
 
         rows: see flat_batch. sources: the rows of the last call whose last tokens these go on from,
         as the host does not know them yet; or None. Behind num_steps: sampling_options. -> what
         each step draws, with padding, on the host, and the event after which it is there.
         """
-        batch, steps = flat_batch(rows, self.block_size, places.device), []
+        batch, steps = flat_batch(rows, self.block_size, seeds.device), []
         if sources is not None:                    # the last call left them where its graph reads
-            batch.input_ids = self.memory.input_ids[upload(sources, places.device)]
+            batch.input_ids = self.memory.input_ids[upload(sources, seeds.device)]
         graph, memory, logits = self.load(batch)
-        memory.options[:len(rows)], self.memory = options, memory
-        # (num_steps, S, 1): of the new tokens. Where the rows go on, `places` are of earlier ones.
-        later = torch.arange(1, num_steps + 1, device=places.device)[:, None, None]
-        for keys in random_bits_reference(places[:, :1], batch.positions[:, None] + later):
-            memory.keys[:len(rows)] = keys
+        memory.seeds[:len(rows)], memory.options[:len(rows)], self.memory = seeds, options, memory
+        for _ in range(num_steps):
             graph.replay()
             if cut:                                # what the graph has drawn itself is not used
-                memory.drawn.copy_(draw_reference(logits, cut, memory.keys, memory.options))
+                memory.drawn.copy_(draw_reference(logits, cut, memory.seeds, memory.context_lens,
+                                                  memory.options))
                 memory.input_ids.copy_(memory.drawn[0])
             steps.append(memory.drawn.clone())
         steps = torch.stack(steps).to("cpu", non_blocking=True)

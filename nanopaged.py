@@ -1092,14 +1092,11 @@ def load_model(config, folder, device, dtype, load_format="auto", compiled=False
 
 
 def sampling_options(seqs, device):
-    """Whether tokens are cut, seeds and positions (S, 2), and options for kernels.draw_reference.
-
-    The positions are those of the rows' next tokens.
-    """
+    """Whether tokens are cut, seeds (S,), and options (S, 4), as kernels.draw_reference wants."""
     options = [(p.temperature, p.top_p, p.top_k, p.min_p) for p in (seq.params for seq in seqs)]
     cut = any(top_p < 1 or top_k > 0 or min_p > 0 for _, top_p, top_k, min_p in options)
-    places = kernels.upload([(seq.seed, seq.num_tokens) for seq in seqs], device)
-    return cut, places, kernels.upload(options, device, torch.float64)
+    seeds = kernels.upload([seq.seed for seq in seqs], device)
+    return cut, seeds, kernels.upload(options, device, torch.float64)
 
 
 def top_logprobs(logprobs, row, token_id, num):
@@ -1127,11 +1124,10 @@ def sample(logits, seqs, wait=lambda read: read(), draw=kernels.draw_reference):
             # each token is penalised once; multiplying lowers a negative score
             score = logits[row, seen := kernels.upload(seq.token_ids, logits.device)]
             logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
-    tokens = logits.argmax(-1)
-    if any(seq.params.temperature for seq in seqs):
-        cut, places, options = sampling_options(seqs, logits.device)
-        keys = kernels.random_bits_reference(*places.split(1, dim=1))
-        tokens = (kernels.draw_reference if cut else draw)(logits, cut, keys, options)[0].long()
+    cut, seeds, options = sampling_options(seqs, logits.device)
+    lengths = kernels.upload([seq.num_tokens + 1 for seq in seqs], logits.device, torch.int32)
+    draw = kernels.draw_reference if cut else draw
+    tokens = draw(logits, cut, seeds, lengths, options)[0].long()
     chosen = wait(logprobs.gather(1, tokens[:, None])[:, 0].tolist)
     return [(token, chosen[row], top_logprobs(logprobs, row, token, seqs[row].params.logprobs))
             for row, token in enumerate(tokens.tolist())]
@@ -1332,7 +1328,8 @@ class Engine:
             seq.num_kv += num_new
         moved = [group for group in self.scheduler.running
                  if all(seq.num_kv == seq.num_tokens for seq in group.unfinished())]
-        self._next_tokens(moved, logits)
+        if moved:                                  # not only parts of prompts
+            self._next_tokens(moved, logits)
         self._count(sum(num_new for _, num_new in scheduled))
         return moved
 

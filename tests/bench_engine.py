@@ -278,13 +278,15 @@ def print_replays(engine, context: int = 800, rounds: int = 20) -> None:
         num_columns = min(batch.block_tables.shape[1], -(-(context + 64) // engine.pool.block_size))
         blocks = torch.arange(size * num_columns, device=logits.device) % engine.pool.num_blocks
         batch.block_tables[:, :num_columns] = blocks.view(size, num_columns)
-        draws = {"its draw": engine.graphs.draw, "the same, not compiled": kernels.draw_reference}
-        for name, run in {"a replay": graph.replay, **{
-                name: functools.partial(draw, logits, False, batch.keys, batch.options)
-                for name, draw in draws.items()}}.items():
+        runs = {"a replay": graph.replay}
+        for name, draw in (("its draw", engine.graphs.draw),
+                           ("the same, not compiled", kernels.draw_reference)):
+            with torch.cuda.graph(captured := torch.cuda.CUDAGraph()):
+                draw(logits, False, batch.seeds, batch.context_lens, batch.options)
+            runs[name] = captured.replay
+        for name, run in runs.items():
             batch.context_lens.zero_()
             batch.context_lens[:num_seqs] = context
-            batch.positions.fill_(context - 1)
             run()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()

@@ -410,11 +410,13 @@ def test_a_compiled_draw_is_the_plain_one():
     for num_rows, size in ((1, 1000), (2, 1000), (33, 50_257), (256, 128_256)):
         gen = torch.Generator().manual_seed(size)
         logits = 3 * torch.randn(num_rows, size, generator=gen)
-        keys = torch.randint(-1 << 62, 1 << 62, (num_rows, 1), generator=gen)
+        seeds = torch.randint(1 << 62, (num_rows,), generator=gen)
+        lengths = torch.arange(num_rows, dtype=torch.int32)
         options = torch.tensor([[i % 3 / 2, 1, 0, 0] for i in range(num_rows)]).double()
-        want = kernels.draw_reference(logits, False, keys, options)
+        want = kernels.draw_reference(logits, False, seeds, lengths, options)
         for function in (draw, kernels.draw_reference):
-            tokens, logprobs = function(logits.cuda(), False, keys.cuda(), options.cuda())
+            tokens, logprobs = function(logits.cuda(), False, seeds.cuda(), lengths.cuda(),
+                                        options.cuda())
             assert (tokens.cpu() == want[0]).double().mean() > 0.99      # near ties may round over
             assert (logprobs.cpu() - want[1]).abs().max() < 1e-3 or not torch.equal(
                 tokens.cpu(), want[0])

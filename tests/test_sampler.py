@@ -24,7 +24,7 @@ def filtered_probs(logits, params):
     temperature, *cuts = (torch.tensor([[getattr(p, name)] for p in params], dtype=torch.float64)
                           for name in ("temperature", "top_p", "top_k", "min_p"))
     probs = (logits / temperature.float()).softmax(-1)
-    return kernels.cut_probs_reference(probs, *cuts)
+    return probs * kernels.kept_reference(probs, *cuts)
 
 
 def log_probs(*probs):
@@ -164,7 +164,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
         assert torch.equal(alone[0], beside[1])
 
 
-# --- random bits --------------------------------------------------------------------------------
+# --- random numbers -----------------------------------------------------------------------------
 
 
 def splitmix64(state):
@@ -182,47 +182,89 @@ def test_the_oracle_is_splitmix64():
                        4593380528125082431, 16408922859458223821]
 
 
-def random_bits(seeds, counters):
-    """As numbers in [0, 1): the float64 of the upper 53 bits."""
-    return (kernels.random_bits_reference(seeds, counters) >> 11 & 2**53 - 1).double() * 2.0**-53
-
-
-def test_random_bits_are_splitmix64s():
+def test_random_numbers_are_splitmix64s():
     """A shift that drags the sign along, or a product cut at 63 bits; and a seed's tokens that
     change from one version to the next."""
     seeds = [0, 1, 2, 42, -1, -2**63, 2**31, 2**32 - 1, 2**62 - 1, 2**63 - 1]
     pairs = [(seed, counter) for seed in seeds for counter in [0, 1, 2, 3, 17, 2**20, 2**31 - 1]]
-    want = [splitmix64(counter + seed * GOLDEN) for seed, counter in pairs]
-    got = kernels.random_bits_reference(*torch.tensor(pairs).T)
-    assert got.dtype == torch.int64 and [bits & MASK for bits in got.tolist()] == want
+    want = [(splitmix64(counter + seed * GOLDEN) >> 24) / 2**40 for seed, counter in pairs]
+    got = kernels.random_reference(*torch.tensor(pairs).T)
+    assert got.dtype == torch.float64 and got.tolist() == want
 
 
-def test_random_bits_of_a_batch_are_those_of_each():
+def test_random_numbers_of_a_batch_are_those_of_each():
     """A generator that is shared by the rows of a batch, or carried from step to step."""
-    seeds, positions = torch.arange(50) * 7919, torch.arange(50) % 13
-    alone = [random_bits(seeds[i:i + 1], positions[i:i + 1]).item() for i in range(50)]
-    assert random_bits(seeds, positions).tolist() == alone
+    seeds, counters = torch.arange(50) * 7919, torch.arange(50) % 13
+    random = kernels.random_reference
+    alone = [random(seeds[i:i + 1], counters[i:i + 1]).item() for i in range(50)]
+    assert random(seeds, counters).tolist() == alone
     order = torch.randperm(50, generator=torch.Generator().manual_seed(0))
-    assert random_bits(seeds[order], positions[order]).tolist() == [alone[i] for i in order]
+    assert random(seeds[order], counters[order].int()).tolist() == [alone[i] for i in order]
 
 
-@pytest.mark.parametrize("along", ["seeds", "positions", "both"])
-def test_random_bits_are_uniform(along):
-    """Near seeds, or the positions of one text, that draw near numbers."""
+@pytest.mark.parametrize("along", ["seeds", "counters", "both"])
+def test_random_numbers_are_uniform(along):
+    """Near seeds, or the counters of one text, that draw near numbers."""
     counter = torch.arange(40_000)
-    u = random_bits(counter * (along != "positions"), counter * (along != "seeds"))
+    u = kernels.random_reference(counter * (along != "counters"), counter * (along != "seeds"))
     assert_drawn_from((u * 100).long().tolist(), [0.01] * 100)
     pairs = (u[:-1] * 10).long() * 10 + (u[1:] * 10).long()          # one after the other
     assert_drawn_from(pairs[::2].tolist(), [0.01] * 100)
-    assert len(set(u.tolist())) == 40_000
+    assert len(set(u.tolist())) == 40_000 and 0 <= u.min() and u.max() < 1
 
 
-def test_tokens_of_one_position_have_noise_of_their_own():
-    """Keys of near seeds or positions that give two rows the same noise, or a shifted one."""
-    keys = kernels.random_bits_reference(torch.arange(100)[:, None], torch.arange(100)).flatten()
-    u = random_bits(keys[:, None], torch.arange(50))
-    assert len(set(u.flatten().tolist())) == 500_000
-    assert_drawn_from((u * 100).long().flatten().tolist(), [0.01] * 100)
+# --- the draw -----------------------------------------------------------------------------------
+
+
+LARGEST = 1 - 2.0**-40                                # of random_reference's numbers
+
+
+def draw(logits, u, monkeypatch, **options):
+    """The token that a random number u draws, by draw_reference itself."""
+    params = SamplingParams(**options)
+    monkeypatch.setattr(kernels, "random_reference",
+                        lambda seeds, lengths: torch.full(seeds.shape, u, dtype=torch.float64))
+    return sample(logits.clone(), [make_seq(1, params, 0)])[0][0]
+
+
+def test_which_weight_is_picked():
+    """The weight before, at a border; one of 0; or a share of what is left that is out of range."""
+    weights = torch.tensor([[0.0, 1.0, 2.0, 0.0, 1.0, 0.0]])
+    for u, which, rest in ((0.0, 1, 0.0), (0.125, 1, 0.5), (0.25, 2, 0.0), (0.5, 2, 0.5),
+                           (0.75, 4, 0.0), (0.875, 4, 0.5), (LARGEST, 4, 1 - 2.0**-38)):
+        picked, left = kernels.pick_reference(weights, torch.tensor([[u]], dtype=torch.float64))
+        assert (picked.item(), left.item()) == (which, pytest.approx(rest, abs=1e-15)), u
+    gen = torch.Generator().manual_seed(2)
+    weights = torch.rand(500, 300, generator=gen) ** 9
+    u = torch.rand(500, 1, generator=gen, dtype=torch.float64)
+    picked, left = kernels.pick_reference(weights, u)
+    assert 0 <= left.min() and left.max() < 1 and 0.45 < left.mean() < 0.55
+    # and back: what lies before it, and the share of its own, are the share u of all
+    sums = weights.double().cumsum(-1)
+    before = sums.gather(1, picked) - weights.gather(1, picked) * (1 - left)
+    assert before.div(sums[:, -1:]).tolist() == [pytest.approx(x, abs=1e-12) for x in u.tolist()]
+
+
+@pytest.mark.parametrize("size", [1, 5, 255, 256, 257, 1000])
+def test_the_draw_is_by_inversion(size, monkeypatch):
+    """A token that the sums of pieces, or of tokens in a piece, put one too far; the padding."""
+    logits = 3 * torch.randn(1, size, generator=torch.Generator().manual_seed(size))
+    sums = logits[0].double().softmax(-1).cumsum(-1)
+    for i in range(200):
+        u = i * LARGEST / 199
+        token = draw(logits, u, monkeypatch)
+        before = sums[token - 1].item() if token else 0
+        assert before - 1e-5 <= u <= sums[token].item() + 1e-5, (u, token)
+
+
+@pytest.mark.parametrize("u", [0.0, 2.0**-40, 0.5, LARGEST])
+def test_a_token_of_probability_zero_is_never_drawn(u, monkeypatch):
+    """The extremes of u, which fall on what lies before the first token, or behind the last."""
+    wide = torch.full((1, 1000), -INF)
+    wide[0, [300, 700]] = 0.0
+    for logits, likely in ((log_probs(0, 0, 0.5, 0, 0.5, 0, 0), (2, 4)), (wide, (300, 700))):
+        for options in ({}, {"top_k": 5}, {"top_p": 0.9999}, {"min_p": 0.1}, {"temperature": 0.01}):
+            assert draw(logits, u, monkeypatch, **options) == likely[u >= 0.5]
 
 
 def test_the_draw_depends_on_seed_and_position():
@@ -236,19 +278,6 @@ def test_the_draw_depends_on_seed_and_position():
 
 
 # --- the edges ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("u", [0.0, 0.5, 1 - 2**-53])
-def test_a_token_of_probability_zero_is_never_drawn(u, monkeypatch):
-    """The extremes of u: infinite noise, or one that is no number; then token 0 may win."""
-    logits = log_probs(0, 0, 0.5, 0, 0.5, 0, 0)
-    for others in (0, 2**63 - 1):
-        bits = [round(u * 2**63) if i in (2, 4) else others for i in range(7)]
-        noise = torch.tensor([min(x, 2**63 - 1) << 1 & MASK for x in bits], dtype=torch.uint64)
-        monkeypatch.setattr(kernels, "random_bits_reference", lambda seeds, counters, n=noise: (
-            n.view(torch.int64)[None] if counters.numel() == 7 else seeds + counters))
-        for options in ({}, {"top_k": 5}, {"top_p": 0.9999}, {"min_p": 0.1}, {"temperature": 0.01}):
-            assert sample_row(logits, **options)[0] in (2, 4)
 
 
 @pytest.mark.parametrize("size", [1, 2, 513, 128_000])
@@ -317,11 +346,6 @@ def test_top_k_above_the_vocabulary_keeps_all():
     plain = filtered_probs(row(*LOGITS), [SamplingParams()])
     for top_k in (0, -1, 8, 9, 1000, 1 << 31):
         assert torch.equal(filtered_probs(row(*LOGITS), [SamplingParams(top_k=top_k)]), plain)
-
-
-def test_a_step_that_samples_nothing():
-    """Only chunks of prompts are computed: options of no row that have lost their columns."""
-    assert sample(torch.empty(0, 8), []) == []
 
 
 def test_zeros_of_both_signs_are_equal():

@@ -32,7 +32,7 @@ class Replay:
         self.owner, self.model, self.kv_cache = owner, engine.model, engine.kv_cache
         num_columns = -(-engine.max_model_len // engine.pool.block_size)
         self.memory = self.flat_batch([([0], 0, [0] * num_columns, True)] * size)
-        self.memory.keys = torch.zeros(size, 1, dtype=torch.int64)
+        self.memory.seeds = torch.zeros(size, dtype=torch.int64)
         self.memory.options = torch.zeros(size, 4, dtype=torch.float64)
         self.memory.drawn = torch.zeros(2, size, dtype=torch.float64)
         self.logits = torch.zeros(size, engine.model.config.vocab_size)
@@ -43,15 +43,15 @@ class Replay:
     def replay(self):
         m = self.memory
         alive = m.context_lens > 0
-        rows = [([token_id], position, table, True) for token_id, position, table in zip(
-            m.input_ids.tolist(), m.positions.tolist(), m.block_tables.tolist(), strict=True)]
+        rows = [([token_id], length - 1, table, True) for token_id, length, table in zip(
+            m.input_ids.tolist(), m.context_lens.tolist(), m.block_tables.tolist(), strict=True)]
         rows = rows[:alive.sum()]                  # padding stands behind
         assert m.block_tables[len(rows):, 0].lt(0).all(), "padding has a slot, and would be written"
         self.logits.fill_(torch.nan)               # nobody shall read what padding gets
         self.logits[:len(rows)] = self.model(self.flat_batch(rows), self.kv_cache)
-        m.positions += alive
         m.context_lens += alive
-        m.drawn.copy_(kernels.draw_reference(self.logits, False, m.keys, m.options))
+        m.drawn.copy_(kernels.draw_reference(self.logits, False, m.seeds, m.context_lens,
+                                             m.options))
         m.input_ids.copy_(m.drawn[0])
         self.owner.num_replays += 1
 

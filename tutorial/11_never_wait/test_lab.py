@@ -186,13 +186,13 @@ class Device:
     def __init__(self, engine, draws):
         self.engine, self.draws, self.call = engine, draws, None
 
-    def run_ahead(self, rows, sources, num_steps, cut, places, options):
+    def run_ahead(self, rows, sources, num_steps, cut, seeds, options):
         call, pool = self.call, self.engine.pool
         expect(call.landing is None, "graphs.run_ahead() was called twice, it must be once")
         expect(num_steps == call.num_steps, f"run_ahead() is told {num_steps} steps, and "
                f"_steps_ahead() said {call.num_steps}")
         by_seed = {seq.seed: seq for seq in self.draws}
-        seqs = [by_seed[seed] for seed, _ in places.tolist()]
+        seqs = [by_seed[seed] for seed in seeds.tolist()]
         expect(len(rows) == len(seqs), f"there are {len(rows)} rows, and sampling_options() of "
                f"{len(seqs)} sequences: both must be of those that fly")
         call.check_who(seqs, "has a row")

@@ -185,7 +185,7 @@ def main():
     print("\nthe tiny model     calls of step()  replays  drawn  dropped  the same")
     for name, settings in (("no graphs", {"graphs": False}), ("running ahead", {}),
                            ("two seats for three", {"max_num_seqs": 2}),
-                           ("b ends at a dot", {"b": {"stop": ["."]}}),
+                           ("b ends at a comma", {"b": {"stop": [","]}}),
                            ("c with logprobs", {"c": {"logprobs": 0}})):
         tokens, calls, *others = generate(**settings)
         expected, *_ = generate(**settings | {"graphs": False})
