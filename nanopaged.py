@@ -1096,7 +1096,7 @@ def sampling_options(seqs, device):
     options = [(p.temperature, p.top_p, p.top_k, p.min_p) for p in (seq.params for seq in seqs)]
     cut = any(top_p < 1 or top_k > 0 or min_p > 0 for _, top_p, top_k, min_p in options)
     seeds = kernels.upload([seq.seed for seq in seqs], device)
-    return cut, seeds, kernels.upload(options, device, torch.float64)
+    return cut, seeds, kernels.upload(options, device, torch.float64).view(-1, 4)
 
 
 def top_logprobs(logprobs, row, token_id, num):
@@ -1126,7 +1126,7 @@ def sample(logits, seqs, wait=lambda read: read(), draw=kernels.draw_reference):
             logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
     cut, seeds, options = sampling_options(seqs, logits.device)
     lengths = kernels.upload([seq.num_tokens + 1 for seq in seqs], logits.device, torch.int32)
-    draw = kernels.draw_reference if cut else draw
+    draw = kernels.draw_reference if cut or not seqs else draw     # parts of prompts draw nothing
     tokens = draw(logits, cut, seeds, lengths, options)[0].long()
     chosen = wait(logprobs.gather(1, tokens[:, None])[:, 0].tolist)
     return [(token, chosen[row], top_logprobs(logprobs, row, token, seqs[row].params.logprobs))
@@ -1202,7 +1202,9 @@ class Engine:
         require(self.tokenizer or text is None and not params.stop, "prompt", prompt,
                 "token ids, and without stop strings: there is no tokenizer")
         token_ids = list(prompt) if text is None else self.tokenizer.encode(text)
-        for token_id in (*token_ids, *params.stop_token_ids):
+        ids = *token_ids, *params.stop_token_ids, 0
+        # one by one only if there is something else than integers
+        for token_id in ids if {*map(type, ids)} != {int} else (min(ids), max(ids)):
             check("token id", token_id, (int, 0, config.vocab_size - 1))
         length, size = len(token_ids), self.pool.block_size
         require(0 < length < self.max_model_len, "number of prompt tokens", length,
@@ -1328,8 +1330,7 @@ class Engine:
             seq.num_kv += num_new
         moved = [group for group in self.scheduler.running
                  if all(seq.num_kv == seq.num_tokens for seq in group.unfinished())]
-        if moved:                                  # not only parts of prompts
-            self._next_tokens(moved, logits)
+        self._next_tokens(moved, logits)
         self._count(sum(num_new for _, num_new in scheduled))
         return moved
 

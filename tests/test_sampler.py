@@ -348,6 +348,11 @@ def test_top_k_above_the_vocabulary_keeps_all():
         assert torch.equal(filtered_probs(row(*LOGITS), [SamplingParams(top_k=top_k)]), plain)
 
 
+def test_a_step_that_samples_nothing():
+    """Only chunks of prompts are computed: options of no row that have lost their columns."""
+    assert sample(torch.empty(0, 8), []) == []
+
+
 def test_zeros_of_both_signs_are_equal():
     """-0.0 before 0.0, as integers order them, but only beside a random row."""
     seqs = [make_seq(1, SamplingParams(temperature=t), 0) for t in (0, 1)]
