@@ -788,7 +788,7 @@ def test_what_to_watch(capsys):
 
 
 def costs(num_seqs, **others):
-    return timeline.Costs(num_seqs, {1: 1200, 256: 4300}[num_seqs], **others)
+    return timeline.Costs(num_seqs, {1: 1200, 256: 4100}[num_seqs], **others)
 
 
 def in_flight(clock):

@@ -174,7 +174,7 @@ def generate(graphs=True, max_num_seqs=256, **options):
 
 def main():
     torch.set_num_threads(1)                       # the model's matrices are too small for two
-    one, many = Costs(1, 1200), Costs(256, 4300)
+    one, many = Costs(1, 1200), Costs(256, 4100)
     with_graphs = (("a graph a step", bursts, 1), ("bursts of 16", bursts, 16),
                    ("flights of 16", flights, 16))
     draw_policies(one, ("kernel by kernel", kernel_by_kernel), *with_graphs)
