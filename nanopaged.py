@@ -1096,7 +1096,7 @@ def sampling_options(seqs, device):
     options = [(p.temperature, p.top_p, p.top_k, p.min_p) for p in (seq.params for seq in seqs)]
     cut = any(top_p < 1 or top_k > 0 or min_p > 0 for _, top_p, top_k, min_p in options)
     seeds = kernels.upload([seq.seed for seq in seqs], device)
-    return cut, seeds, kernels.upload(options, device, torch.float64).view(-1, 4)
+    return cut, seeds, kernels.upload(options, device, torch.float64)
 
 
 def top_logprobs(logprobs, row, token_id, num):
@@ -1110,24 +1110,26 @@ def top_logprobs(logprobs, row, token_id, num):
         return dict(zip(token_ids, logprobs[row, token_ids].tolist(), strict=True))
 
 
-def sample(logits, seqs, wait=lambda read: read(), draw=kernels.draw_reference):
+def sample(logits, seqs, wait=lambda read: read(), graphs=None):
     """One token for each row -> [(token_id, logprob, {token_id: logprob} or None), ...].
 
     The log-probabilities are the model's own, before penalty, temperature and filters. wait(read)
-    gives what read() returns once the device has got that far. draw: for rows without cuts,
-    draw_reference or what torch has compiled of it, for logits of their own type.
+    gives what read() returns once the device has got that far. graphs: kernels.DecodeGraphs, whose
+    draw is compiled, for rows without cuts and logits of the model's type.
     """
     logprobs = logits.float().log_softmax(-1)
     for row, seq in enumerate(seqs):
         if (penalty := seq.params.repetition_penalty) != 1:
-            logits, draw = logits.float(), kernels.draw_reference  # exact, not compiled
+            logits, graphs = logits.float(), None      # exact, not compiled
             # each token is penalised once; multiplying lowers a negative score
             score = logits[row, seen := kernels.upload(seq.token_ids, logits.device)]
             logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
     cut, seeds, options = sampling_options(seqs, logits.device)
     lengths = kernels.upload([seq.num_tokens + 1 for seq in seqs], logits.device, torch.int32)
-    draw = kernels.draw_reference if cut or not seqs else draw     # parts of prompts draw nothing
-    tokens = draw(logits, cut, seeds, lengths, options)[0].long()
+    draw = kernels.draw_reference if cut or graphs is None else graphs.draw
+    # where all are greedy, or nobody is there, as only parts of prompts were computed: faster
+    tokens = (draw(logits, cut, seeds, lengths, options)[0].long()
+              if any(seq.params.temperature for seq in seqs) else logits.argmax(-1))
     chosen = wait(logprobs.gather(1, tokens[:, None])[:, 0].tolist)
     return [(token, chosen[row], top_logprobs(logprobs, row, token, seqs[row].params.logprobs))
             for row, token in enumerate(tokens.tolist())]
@@ -1361,8 +1363,7 @@ class Engine:
                 row_of[child] = row_of[group.seqs[0]]
         self.counts["generated_tokens"] += len(row_of)
         logits = logits[kernels.upload([*row_of.values()], logits.device)]     # a list would wait
-        draw = getattr(self.graphs, "draw", kernels.draw_reference)
-        sampled = dict(zip(row_of, sample(logits, [*row_of], self._wait, draw), strict=True))
+        sampled = dict(zip(row_of, sample(logits, [*row_of], self._wait, self.graphs), strict=True))
         for group in groups:
             if isinstance(group.params, BeamSearchParams):
                 self._extend_beams(group, sampled)

@@ -59,6 +59,8 @@ class Replay:
 class StandIn(kernels.DecodeGraphs):
     """DecodeGraphs on a CPU: what is played is the replay; all else is the engine's own code."""
 
+    draw = staticmethod(kernels.draw_reference)    # not compiled
+
     def __init__(self, engine):
         self.model, self.block_size = engine.model, engine.pool.block_size
         self.num_replays = self.num_ahead = 0      # replays; tokens that were drawn ahead
