@@ -517,11 +517,11 @@ def random_reference(seeds, counters):
 
 
 def kept_reference(weights, top_p, top_k, min_p):
-    """Whether min-p, then top-k and top-p keep each token -> (S, V) bool.
+    """Whether min-p, then top-k and top-p keep each token -> (S, V) bool. Of equals, the first.
 
     Shapes: weights (S, V) float32, as shares of anything; the options (S, 1) float64.
     """
-    ranked, token_ids = weights.sort(descending=True)
+    ranked, token_ids = weights.sort(descending=True, stable=True)
     ranked[ranked < min_p * ranked[:, :1]] = 0
     ranked[(top_k > 0) & (torch.arange(ranked.shape[1], device=ranked.device) >= top_k)] = 0
     summed = ranked.cumsum(-1, dtype=torch.float64)
@@ -533,12 +533,12 @@ def kept_reference(weights, top_p, top_k, min_p):
 def pick_reference(weights, u):
     """Of weights laid end to end, the one in which the share u of their length ends.
 
-    Shapes: weights (S, n); u (S, 1) float64, in [0, 1) -> which (S, 1), never one of 0; and how far
-        into it that is, a share in [0, 1) again.
+    Shapes: weights (S, n); u (S, 1) float64, in [0, 1) -> which (S, 1), never one of 0 if there is
+        another; and how far into it that is, a share in [0, 1) again.
     """
     sums = weights.cumsum(-1, dtype=torch.float64)
     target = u * weights.sum(-1, keepdim=True, dtype=torch.float64)
-    picked = (sums <= target).sum(-1, keepdim=True)
+    picked = (sums <= target).sum(-1, keepdim=True).clamp(max=weights.shape[1] - 1)
     missed = (sums.gather(1, picked) - target) / weights.gather(1, picked)
     return picked, (1 - missed).clamp(0, 1 - 2.0 ** -40)
 
@@ -548,9 +548,9 @@ def draw_reference(logits, cut, seeds, lengths, options):
 
     A token weighs e ** (logit / temperature). A random number u, which seed and length of a text
     give, picks a piece of the vocabulary, and what is left of u a token in it: so the device sums
-    all pieces at once, and reads the logits once. Greedy is so cold that only the highest logits
-    weigh anything, and has u = 0, which picks the first. (In a row of NaN, from an overflow in
-    float16, some token wins and harms no other row.)
+    all pieces at once and, when compiled, reads the logits once. Greedy is so cold that only the
+    highest logits weigh anything, and has u = 0, which picks the first. (In a row of NaN or -inf,
+    from an overflow in float16, some token wins and harms no other row.)
 
     Shapes: logits (S, V); seeds (S,) int64; lengths (S,): tokens of each text with the new one;
         options (S, 4) float64: temperature, top_p, top_k, min_p. cut: whether the last three of any
@@ -568,7 +568,7 @@ def draw_reference(logits, cut, seeds, lengths, options):
         weights = weights * kept_reference((weights * of_pieces).flatten(1), *cuts).view_as(weights)
     piece, u = pick_reference((weights.sum(-1, keepdim=True) * of_pieces)[..., 0], u)
     weights = weights.gather(1, piece[..., None].expand(-1, -1, PIECE))[:, 0]      # of this piece
-    tokens = piece * PIECE + pick_reference(weights, u)[0]
+    tokens = (piece * PIECE + pick_reference(weights, u)[0]).clamp(max=logits.shape[1] - 1)
     total = ((pieces - tops) * LOG2_E).exp2().sum(-1, keepdim=True) * ((tops - top) * LOG2_E).exp2()
     logprobs = logits.gather(1, tokens) - top[:, 0] - total.sum(1).log()
     return torch.cat((tokens.double(), logprobs), dim=1).T

@@ -1085,7 +1085,7 @@ def load_model(config, folder, device, dtype, load_format="auto", compiled=False
 # 9. Sampler
 #    in: logits (S, V) and each row's sequence      out: one token a row, and log-probabilities
 #
-#    Each row draws from noise that depends on its seed and its position alone, and nothing is
+#    Each row draws with a number that its seed and its length alone give, and nothing is
 #    carried from step to step: so neither the rest of the batch nor a preemption can change what
 #    a request draws (but for the rounding of logits, where two tokens are nearly equal).
 # ================================================================================================
@@ -1094,7 +1094,7 @@ def load_model(config, folder, device, dtype, load_format="auto", compiled=False
 def sampling_options(seqs, device):
     """Whether tokens are cut, seeds (S,), and options (S, 4), as kernels.draw_reference wants."""
     options = [(p.temperature, p.top_p, p.top_k, p.min_p) for p in (seq.params for seq in seqs)]
-    cut = any(top_p < 1 or top_k > 0 or min_p > 0 for _, top_p, top_k, min_p in options)
+    cut = any(t and (top_p < 1 or top_k > 0 or min_p > 0) for t, top_p, top_k, min_p in options)
     seeds = kernels.upload([seq.seed for seq in seqs], device)
     return cut, seeds, kernels.upload(options, device, torch.float64)
 

@@ -361,7 +361,11 @@ def test_zeros_of_both_signs_are_equal():
 
 
 def test_equal_logits():
-    """top_k = 1 that keeps all of the likeliest, or greedy that draws among them."""
+    """top_k = 1 that keeps all of the likeliest, or greedy that draws among them, or nearly so."""
+    beside = [make_seq(1, SamplingParams(temperature=t, top_k=1 - t), 0) for t in (0, 1)]
+    for wide in (torch.zeros(2, 300), torch.zeros(2, 3000).bfloat16()):
+        assert sample(wide, beside)[0][0] == 0
+    assert sample(row(1, 2, 2.00001).repeat(2, 1), beside)[0][0] == 2
     logits = row(1, 2, 2, 2, 0)
     for seed in range(20):                            # alone, and beside a row that draws
         seqs = [make_seq(1, SamplingParams(temperature=t), seed) for t in (0, 1)]
@@ -433,9 +437,11 @@ def test_logprobs_only_where_asked():
 
 def test_a_row_of_nan_harms_no_other():
     """An overflow in one request's float16 ends in an index error, and takes all others down."""
-    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(5))
-    seqs = [make_seq(4, SamplingParams(temperature=0.8), i) for i in range(3)]
-    alone = [token for token, _, _ in sample(logits.clone(), seqs)]
-    logits[1] = math.nan
-    beside = [token for token, _, _ in sample(logits.clone(), seqs)]
-    assert beside[::2] == alone[::2] and 0 <= beside[1] < 50
+    for size, top_k in ((50, 0), (256, 0), (1000, 0), (50, 3), (300, 3)):
+        logits = torch.randn(3, size, generator=torch.Generator().manual_seed(5))
+        seqs = [make_seq(4, SamplingParams(temperature=0.8, top_k=top_k), i) for i in range(3)]
+        alone = [token for token, _, _ in sample(logits.clone(), seqs)]
+        for bad in (math.nan, INF, -INF):
+            logits[1] = bad
+            beside = [token for token, _, _ in sample(logits.clone(), seqs)]
+            assert beside[::2] == alone[::2] and 0 <= beside[1] < size, (size, top_k, bad)
