@@ -584,13 +584,12 @@ class DecodeGraphs:
     place. So it can be replayed again at once.
     """
 
-    def __init__(self, model, kv_cache, num_seqs, max_model_len):
+    def __init__(self, model, kv_cache, max_num_seqs, max_model_len):
         self.model, self.graphs, pool = model, {}, torch.cuda.graph_pool_handle()
         self.draw = draw = torch.compile(draw_reference, dynamic=True)
         self.block_size = B = kv_cache.shape[3]
-        # By 32s up to 512, lest the logits of all sizes fill the memory; the last has room for all.
-        # Sorted: torch compiles the draw for 1, and with 2 for any number.
-        for S in sorted({min(n, num_seqs) for n in (1, 2, 4, 8, 16, *range(32, 513, 32), 1 << 31)}):
+        # by 32s up to 512, lest the logits of all sizes fill the memory; the last has room for all
+        for S in {min(n, max_num_seqs) for n in (1, 2, 4, 8, 16, *range(32, 513, 32), 1 << 31)}:
             rows = [([0], 0, [0] * -(-max_model_len // B), True)] * S
             batch = flat_batch(rows, B, kv_cache.device)
             batch.seeds = torch.zeros_like(batch.positions)
