@@ -72,7 +72,7 @@ def fit_kv_cache(num_blocks, num_layers, *shape, utilization=1.0, largest_step=N
         largest_step(block)
         free, total = torch.cuda.mem_get_info()
         memory = int(free - total * (1 - utilization))
-    # as many as fit, but more would slow the host
+    # as many as fit; more than 2 ** 20 would slow the host
     num_blocks = max(1, min(memory // block.nbytes, 1 << 20)) if num_blocks is None else num_blocks
     if (needed := num_blocks * block.nbytes) > memory:
         raise MemoryError(f"{num_blocks} KV blocks take {needed:,} bytes, where {block.device} has "
@@ -507,8 +507,8 @@ def linear(x, matrix, norm=None, rope=None, heads=(), activation=None, residual=
 def random_reference(seeds, counters):
     """A number in [0, 1) for each seed and counter: 40 bits of splitmix64 (Steele et al. 2014).
 
-    Shapes: int64, broadcast against each other -> float64. Products wrap around, as they should;
-    the masks make the right shifts logical.
+    Shapes: seeds int64, counters of any integers, broadcast against each other -> float64. Products
+    wrap around, as they should; the masks make the right shifts logical.
     """
     x = counters + seeds * -0x61C8864680B583EB                             # 0x9E3779B97F4A7C15
     x = (x ^ (x >> 30 & (1 << 34) - 1)) * -0x40A7B892E31B1A47              # 0xBF58476D1CE4E5B9
@@ -533,12 +533,12 @@ def kept_reference(weights, top_p, top_k, min_p):
 def pick_reference(weights, u):
     """Of weights laid end to end, the one in which the share u of their length ends.
 
-    Shapes: weights (S, n); u (S, 1) float64, in [0, 1) -> which (S, 1), never one of 0 if there is
-        another; and how far into it that is, a share in [0, 1) again.
+    Shapes: weights (S, n); u (S, 1) float64, in [0, 1) -> which (S, 1), never one of 0, but the
+        first where all are; and how far into it that is, a share in [0, 1) again.
     """
     sums = weights.cumsum(-1, dtype=torch.float64)
     target = u * weights.sum(-1, keepdim=True, dtype=torch.float64)
-    picked = (sums <= target).sum(-1, keepdim=True).clamp(max=weights.shape[1] - 1)
+    picked = (sums <= target).sum(-1, keepdim=True) % weights.shape[1]
     missed = (sums.gather(1, picked) - target) / weights.gather(1, picked)
     return picked, (1 - missed).clamp(0, 1 - 2.0 ** -40)
 
@@ -559,7 +559,7 @@ def draw_reference(logits, cut, seeds, lengths, options):
     logits, (temperature, *cuts) = logits.float(), options.split(1, dim=1)
     u = random_reference(seeds, lengths)[:, None] * (temperature > 0)
     scale = (LOG2_E / temperature.clamp(min=1e-30)).float()[:, None]
-    pieces = F.pad(logits, (0, -logits.shape[1] % PIECE), value=-1e38).unflatten(1, (-1, PIECE))
+    pieces = F.pad(logits, (0, -logits.size(1) % PIECE), value=-torch.inf).unflatten(1, (-1, PIECE))
     # the highest of each piece (S, n, 1), and of the row (S, 1, 1): so no power is above 1, or NaN
     tops = pieces.amax(-1, keepdim=True).clamp(min=-1e38)
     top = tops.amax(1, keepdim=True)
@@ -568,7 +568,7 @@ def draw_reference(logits, cut, seeds, lengths, options):
         weights = weights * kept_reference((weights * of_pieces).flatten(1), *cuts).view_as(weights)
     piece, u = pick_reference((weights.sum(-1, keepdim=True) * of_pieces)[..., 0], u)
     weights = weights.gather(1, piece[..., None].expand(-1, -1, PIECE))[:, 0]      # of this piece
-    tokens = (piece * PIECE + pick_reference(weights, u)[0]).clamp(max=logits.shape[1] - 1)
+    tokens = piece * PIECE + pick_reference(weights, u)[0]
     total = ((pieces - tops) * LOG2_E).exp2().sum(-1, keepdim=True) * ((tops - top) * LOG2_E).exp2()
     logprobs = logits.gather(1, tokens) - top[:, 0] - total.sum(1).log()
     return torch.cat((tokens.double(), logprobs), dim=1).T

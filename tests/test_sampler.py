@@ -445,3 +445,4 @@ def test_a_row_of_nan_harms_no_other():
             logits[1] = bad
             beside = [token for token, _, _ in sample(logits.clone(), seqs)]
             assert beside[::2] == alone[::2] and 0 <= beside[1] < size, (size, top_k, bad)
+            assert bad != -INF or beside[1] == 0   # where nothing weighs anything, the first
