@@ -1595,7 +1595,7 @@ class CommandLine(argparse.ArgumentParser):
     --logprobs N          with --json: log-probabilities of the top N tokens
     --seed N              same seed, same texts (0)
     --n N                 texts a prompt (1)
-    --beam WIDTH          the likeliest text by beam search (--json: the WIDTH likeliest)
+    --beam N              the likeliest text by beam search of width N (--json: the N likeliest)
     --device NAME         cpu, cuda or auto (the default)
     --dtype NAME          float32, bfloat16, float16 or auto (the default)
     --block-size N        tokens a block (16)
@@ -1626,7 +1626,6 @@ class CommandLine(argparse.ArgumentParser):
         # The docstring above is the help, and declares the options; their operands say the kind.
         self.format_help = lambda: inspect.cleandoc(self.__doc__) + "\n"
         kinds = {"N": {"type": int}, "X": {"type": float}, "": {"action": "store_true"},
-                 "WIDTH": {"type": int, "dest": "beam_width"},
                  "PROMPT": {"type": lambda text: read_text(text) if text == "-" else text},
                  "FILE": {"type": lambda path: re.findall(r".*\S.*", read_text(path)),
                           "action": "extend", "dest": "prompt"}}
@@ -1638,7 +1637,7 @@ class CommandLine(argparse.ArgumentParser):
 def write_outputs(engine, request_ids, params, args):
     """Run the engine; stream the texts in the order of `request_ids`, each ended by a newline."""
     # no half lines in JSON, between drawings, or while beams compete
-    whole = args.json or args.show_blocks or args.beam_width or params.n > 1
+    whole = args.json or args.show_blocks or args.beam or params.n > 1
     watch, news = draw_blocks if args.show_blocks else None, {}
     for request_id in request_ids:
         written, output = 0, None
@@ -1656,12 +1655,12 @@ def run(args):
     """The command line's work -> exit status."""
     require(args.prompt, "number of prompts", 0, "1 or more, by --prompt or --prompts-file")
     # What beam search has not, such as --top-p, its parameters refuse. --seed is the engine's.
-    names = {*SamplingParams.__match_args__, *BeamSearchParams.__match_args__} - {"seed"}
+    names = {*SamplingParams.__match_args__} - {"seed"}
     given = {name: value for name, value in vars(args).items() if value is not None}
     options = {"max_tokens": 64} | {name: given[name] for name in given.keys() & names}
     with reading("options"):
-        params = (BeamSearchParams(**options) if args.beam_width is not None else
-                  SamplingParams(**{"temperature": 0.8} | options))
+        params = (SamplingParams(**{"temperature": 0.8} | options) if args.beam is None else
+                  BeamSearchParams(args.beam, **options))
     llm = LLM(**{name: given[name] for name in given.keys() & inspect.signature(LLM).parameters})
     request_ids, start = [], time.perf_counter()
     for number, prompt in enumerate(args.prompt, 1):
