@@ -342,8 +342,8 @@ KERNELS = {
     "attention_kernel": """
     key = tile * TILE + tl.arange(0, TILE)
     slot = block_ids.to(tl.int64) * c_block + key % B * c_slot
-    there = (key < seen)[:, None] & (d < D)[None, :]
-    keys = tl.load(k_cache + slot[:, None] + column[None, :], mask=there, other=0.0)
+    there = (key < seen)[:, None] & (d < D)
+    keys = tl.load(k_cache + slot[:, None] + column, mask=there, other=0.0)
     scores = tl.sum(qs[:, None, :] * keys[None, :, :], 2) * scale
     scores = tl.where(key[None, :] <= position[:, None], scores, float("-inf"))
     new_top = tl.maximum(top, tl.max(scores, 1))
@@ -351,7 +351,7 @@ KERNELS = {
     weights = tl.exp2(scores - new_top[:, None])
     total *= shrink
     total += tl.sum(weights, 1)
-    values = tl.load(v_cache + slot[:, None] + column[None, :], mask=there, other=0.0)
+    values = tl.load(v_cache + slot[:, None] + column, mask=there, other=0.0)
     y *= shrink[:, None]
     y += tl.dot(weights, values, input_precision="ieee")
     top = new_top
@@ -526,8 +526,8 @@ WRONG = {
                                           "(key + TILE) // B, mask=key + TILE < seen, other=0)",
                                           "")),
     "what_is_not_there": (5, 2, "8 tokens, half a tile: the result has NaN", kernel_but(
-        "attention_kernel", "(key < seen)[:, None] & (d < D)[None, :]",
-        "(key < seen + TILE)[:, None] & (d < D)[None, :]")),
+        "attention_kernel", "(key < seen)[:, None] & (d < D)",
+        "(key < seen + TILE)[:, None] & (d < D)")),
     "first_slot_only": (5, 2, "key % B . c_slot is missing", kernel_but(
         "attention_kernel", " + key % B * c_slot", "")),
     "later_keys_are_seen": (5, 2, "compare `key` with `position`", kernel_but(

@@ -51,12 +51,12 @@ def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out
         return                                # no such tile, the other launch's, or no such part
 
     # 3. Its rows, and their q.
-    kv_head, row, d = tl.program_id(0), tl.arange(0, ROWS), tl.arange(0, DIM)
+    kv_head, row, d = tl.program_id(0), tl.arange(0, ROWS), tl.arange(0, DIM)[None, :]
     query, head = first_query + row // G, kv_head * G + row % G
     real_row = (row < QUERIES * G) & (query < num_queries)
-    real = real_row[:, None] & (d < D)[None, :]
+    real = real_row[:, None] & (d < D)
     token, position = (start + query).to(tl.int64), context_len - num_queries + query
-    qs = tl.load(q + (token * q_token + head * q_head)[:, None] + d[None, :], mask=real, other=0.0)
+    qs = tl.load(q + (token * q_token + head * q_head)[:, None] + d, mask=real, other=0.0)
 
     # 4. Attend, with an online softmax. `top` starts finite: a row may see no key of a part.
     tables, column = tables + seq * t_seq, kv_head * c_head + d
@@ -74,9 +74,8 @@ def attention_kernel(q, k_cache, v_cache, tables, context_lens, query_start, out
     here = place * most_parts + part
     tl.store(parts_of + place, num_parts, mask=real_row & (part == 0))
     tl.store(part_lse + here, top + tl.log2(total), mask=real_row)
-    tl.store(part_y + here[:, None] * DIM + d[None, :], y, mask=real & (num_parts > 1))
-    tl.store(out + (token * o_token + head * o_head)[:, None] + d[None, :], y,
-             mask=real & (num_parts == 1))
+    tl.store(part_y + here[:, None] * DIM + d, y, mask=real & (num_parts > 1))
+    tl.store(out + (token * o_token + head * o_head)[:, None] + d, y, mask=real & (num_parts == 1))
 
 
 @triton.jit(do_not_specialize=["most_parts", "num_seqs"])
