@@ -55,13 +55,12 @@ def new_kv_cache(num_layers, num_blocks, block_size, num_kv_heads, head_dim, dty
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-def fit_kv_cache(num_blocks, num_layers, *shape, utilization=1.0, largest_step=None, pin=False):
+def fit_kv_cache(num_blocks, num_layers, *shape, utilization=1.0, largest_step=None):
     """new_kv_cache(num_layers, num_blocks, *shape) or, for None, with as many blocks as fit.
 
     A GPU has `utilization` of its memory for them, less what is in use once largest_step(a small
     cache) has run, as torch keeps what that took; a CPU 1 GiB, or for a given num_blocks all of its
-    memory. There, a block that was never written costs nothing; unless it is pinned, for fast
-    copies to and from a GPU.
+    memory. There, a block that was never written costs nothing.
     Raises: MemoryError.
     """
     block, memory = new_kv_cache(num_layers, 1, *shape), 1 << 30
@@ -77,8 +76,7 @@ def fit_kv_cache(num_blocks, num_layers, *shape, utilization=1.0, largest_step=N
     if (needed := num_blocks * block.nbytes) > memory:
         raise MemoryError(f"{num_blocks} KV blocks take {needed:,} bytes, where {block.device} has "
                           f"{memory:,}; lower num_blocks, swap_blocks or block_size")
-    kv_cache = new_kv_cache(num_layers, num_blocks, *shape)
-    return kv_cache.pin_memory() if pin and num_blocks else kv_cache
+    return new_kv_cache(num_layers, num_blocks, *shape)
 
 
 def check_arguments(device, dtype, **arguments):

@@ -1491,7 +1491,7 @@ class LLM:
         kv_cache = kernels.fit_kv_cache(
             num_blocks, *shape, device, utilization=gpu_memory_utilization,
             largest_step=lambda kv: largest_step(decoder, kv, max_num_seqs, max_num_batched_tokens))
-        swap_cache = kernels.fit_kv_cache(swap_blocks, *shape, "cpu", pin=device == "cuda")
+        swap_cache = kernels.fit_kv_cache(swap_blocks, *shape, "cpu")
         longest = min(c.max_position_embeddings, kv_cache.shape[2] * block_size)
         check("max_model_len", max_model_len or longest, (int, 2, longest))
         scheduler = Scheduler(BlockPool(*kv_cache.shape[2:4]), BlockPool(*swap_cache.shape[2:4]),
