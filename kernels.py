@@ -439,10 +439,9 @@ def linear_reference(x, matrix, norm=None, rope=None, heads=(), activation=None,
     """
     y = matrix(x if norm is None else norm(x))
     if rope:
-        qk, v = y.unflatten(1, (sum(heads), -1)).split((sum(heads[:2]), heads[2]), dim=1)
-        (a, b), (cos, sin) = qk.chunk(2, dim=2), rope
-        # (T, heads of q and k, D), turned; and behind them those of v
-        y = torch.cat((torch.cat((a * cos - b * sin, b * cos + a * sin), 2), v), 1).flatten(1)
+        # the halves of the heads of q and k, and not of v: views, so they are turned in place
+        (a, b), (cos, sin) = y.unflatten(1, (sum(heads), -1))[:, :sum(heads[:2])].chunk(2, 2), rope
+        a[:], b[:] = a * cos - b * sin, b * cos + a * sin
     y = activation(y) if activation else y
     # as float32: torch's compiler would have cuBLAS add it, which copies the residual first
     return y if residual is None else (residual.float() + y.float()).to(y.dtype)

@@ -613,6 +613,7 @@ def in_float64(x):
 @pytest.mark.parametrize("place", ["qkv", "up", "down", "head"])
 @pytest.mark.parametrize("sizes", [((3, 1, 1), 48, 80, 16), ((4, 4, 4), 256, 100, 64),
                                    ((4, 2, 2), 95, 514, 6)], ids=str)
+@torch.inference_mode()
 def test_linear_kernel(sizes, place, dtype):
     """A pair of rows that is none, an odd last row, v turned too, a residual of other rows.
 
