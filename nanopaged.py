@@ -1208,10 +1208,10 @@ class Engine:
         # one by one only if there is something else than integers
         for token_id in ids if {*map(type, ids)} != {int} else (min(ids), max(ids)):
             check("token id", token_id, (int, 0, config.vocab_size - 1))
-        length, size = len(token_ids), self.pool.block_size
+        length, pool, size = len(token_ids), self.pool, self.pool.block_size
         require(0 < length < self.max_model_len, "number of prompt tokens", length,
                 f"above 0, below {self.max_model_len} (max_model_len, or all of the pool's "
-                f"{self.pool.num_blocks} blocks); shorten it, or raise num_blocks")
+                f"{pool.num_blocks} blocks); shorten it, or raise num_blocks")
         # ours, with the limits of model and pool in it
         params = replace(params, max_tokens=min(params.max_tokens, self.max_model_len - length))
         params.stop_token_ids = {*params.stop_token_ids,
@@ -1220,9 +1220,8 @@ class Engine:
         seq = Sequence(token_ids, params, None if self.enable_prefix_caching else object())
         group = SequenceGroup(next(self.request_ids), text, [seq])
         # Several texts share the prompt's full blocks; of the rest each may come to need its own.
-        shared = length // size
-        own = -(-(length + params.max_tokens - 1) // size) - shared
-        most = min((self.pool.num_blocks - shared) // max(own, 1), self.scheduler.max_num_seqs)
+        own = -(-(length % size + params.max_tokens - 1) // size)
+        most = min((pool.num_blocks - length // size) // max(own, 1), self.scheduler.max_num_seqs)
         require(group.width <= max(most, 1), "n or beam_width", group.width,
                 f"at most {most}, or raise num_blocks, max_num_seqs, max_num_batched_tokens")
         # drawn last: a request that was refused has none
