@@ -710,8 +710,7 @@ class BlockPool:
         A block that it is about to write and that others read is copied first (keeps I3).
         Raises: OutOfBlocks, and nothing changes (I5).
         """
-        needed = self.num_needed([(seq, num_new)])
-        if needed > self.num_free:
+        if (needed := self.num_needed([(seq, num_new)])) > self.num_free:
             raise OutOfBlocks(f"{needed} blocks are needed, {self.num_free} are free")
         taken = [self._take() for _ in range(needed)]
         written = seq.block_table[seq.num_kv // self.block_size:]
