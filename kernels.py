@@ -575,70 +575,79 @@ class DecodeGraphs:
 
     Why: a step is hundreds of small kernels, and Python launches them more slowly than they run. A
     captured graph is launched by one call, and works on the same memory each time: for each of a
-    few sizes a batch that load() fills; seeds and options for draw_reference, as run_ahead() says;
-    logits; and what is drawn. A replay also puts the new tokens in and moves the rows on by one
-    place. So it can be replayed again at once.
+    few sizes a batch, with seeds and options for draw_reference; logits; and what was drawn. load()
+    fills it. A replay also puts the new tokens in and moves the rows on by one place, so it can be
+    replayed again at once.
     """
 
     def __init__(self, model, kv_cache, max_num_seqs, max_model_len):
         self.model, self.graphs, pool = model, {}, torch.cuda.graph_pool_handle()
-        self.draw = draw = torch.compile(draw_reference, dynamic=True)
-        self.block_size = B = kv_cache.shape[3]
+        self.draw, B = torch.compile(draw_reference, dynamic=True), kv_cache.shape[3]
         # by 32s up to 512, lest the logits of all sizes fill the memory; the last has room for all
         for S in {min(n, max_num_seqs) for n in (1, 2, 4, 8, 16, *range(32, 513, 32), 1 << 31)}:
-            rows = [([0], 0, [0] * -(-max_model_len // B), True)] * S
-            batch = flat_batch(rows, B, kv_cache.device)
+            table = [0] * -(-max_model_len // B)
+            batch = flat_batch([([0], 0, table, True)] * S, B, kv_cache.device)
             batch.seeds = torch.zeros_like(batch.positions)
             batch.options = batch.seeds.new_ones(S, 4, dtype=torch.float64)
+            batch.past = batch.options.new_zeros(2, S, 16)     # what the last 16 replays drew
             # compiles, which no capture may contain
-            draw(model(batch, kv_cache), False, batch.seeds, batch.context_lens, batch.options)
+            self.draw(model(batch, kv_cache), False, batch.seeds, batch.context_lens, batch.options)
             with torch.cuda.graph(graph := torch.cuda.CUDAGraph(), pool):
                 # padding has context 0, and stays there
                 batch.positions.copy_((batch.context_lens - 1).clamp(min=0))
                 blocks = batch.block_tables.gather(1, batch.positions[:, None] // B)[:, 0]
                 torch.add(batch.positions % B, blocks, alpha=B, out=batch.slot_mapping)
-                logits = model(batch, kv_cache)
+                logits = batch.logits = model(batch, kv_cache)
                 batch.context_lens += batch.context_lens > 0
-                batch.drawn = draw(logits, False, batch.seeds, batch.context_lens, batch.options)
-                batch.input_ids.copy_(batch.drawn[0])
-            self.graphs[S] = graph, batch, logits
+                drawn = self.draw(logits, False, batch.seeds, batch.context_lens, batch.options)
+                batch.past.copy_(torch.cat((batch.past[..., 1:], drawn[..., None]), dim=2))
+                batch.input_ids.copy_(drawn[0])
+            batch.graph, self.graphs[S] = graph, batch
 
-    def load(self, batch):
-        """Put a batch where the smallest graph works that takes it -> graph, its batch, logits."""
-        num_seqs, num_columns = batch.block_tables.shape
-        graph, memory, logits = self.graphs[min(n for n in self.graphs if n >= num_seqs)]
-        for name in ("input_ids", "context_lens"):
-            getattr(memory, name).copy_(F.pad(getattr(batch, name), (0, len(logits) - num_seqs)))
-        memory.block_tables[:num_seqs, :num_columns] = batch.block_tables
-        memory.block_tables[num_seqs:, 0] = -1     # padding has no block, and so no slot
-        return graph, memory, logits
+    def load(self, batch, cuts=(), seeds=0, options=1):
+        """Put a batch where the smallest graph works that takes it; behind it: sampling_options."""
+        S, M = batch.block_tables.shape
+        memory = self.loaded = self.graphs[min(size for size in self.graphs if size >= S)]
+        memory.input_ids[:S], memory.context_lens[:S] = batch.input_ids, batch.context_lens
+        memory.seeds[:S], memory.options[:S], memory.cuts = seeds, options, cuts
+        memory.block_tables[:S, :M] = batch.block_tables
+        # padding has nothing to read, and no block, and so no slot
+        memory.context_lens[S:], memory.block_tables[S:, 0] = 0, -1
 
     def __call__(self, batch, kv_cache):
         """-> logits (len(batch.last_rows), V). What the graph draws from them is not used."""
         if len(batch.input_ids) > len(batch.context_lens):
             return self.model(batch, kv_cache)
-        graph, _, logits = self.load(batch)
-        graph.replay()
-        return logits[batch.last_rows]
+        self.load(batch)
+        self.loaded.graph.replay()
+        return self.loaded.logits[batch.last_rows]
 
-    def run_ahead(self, rows, sources, num_steps, cut, seeds, options):
-        """Draw from the logits and go on with the tokens, num_steps times; nothing here waits.
+    def go_on(self, rows, known, tables):
+        """Keep these rows of what is loaded, in this order, and no others; nothing here waits.
 
-        rows: see flat_batch. sources: the rows of the last call whose last tokens these go on from,
-        as the host does not know them yet; or None. Behind num_steps: sampling_options. -> what
-        each step draws, with padding, on the host, and the event after which it is there.
+        Where each text is, what comes next, and how it is drawn, only the device knows. The host
+        has their tables, of which so many blocks are known here, and sends what is new.
         """
-        batch, steps = flat_batch(rows, self.block_size, seeds.device), []
-        if sources is not None:                    # the last call left them where its graph reads
-            batch.input_ids = self.memory.input_ids[upload(sources, seeds.device)]
-        graph, memory, logits = self.load(batch)
-        memory.seeds[:len(rows)], memory.options[:len(rows)], self.memory = seeds, options, memory
+        before, new = self.loaded, [(row, i, block_id) for row, table in enumerate(tables)
+                                    for i, block_id in enumerate(table[known[row]:], known[row])]
+        kept, new = (upload(numbers, before.seeds.device) for numbers in (rows, new))
+        batch = SimpleNamespace(**{name: getattr(before, name)[kept] for name in (
+            "input_ids", "context_lens", "block_tables", "seeds", "options")})
+        row, column, block = new.view(-1, 3).T
+        batch.block_tables[row, column] = block.int()
+        self.load(batch, [before.cuts[row] for row in rows], batch.seeds, batch.options)
+
+    def run_ahead(self, num_steps):
+        """Draw and go on with the tokens, num_steps times, 16 at most; nothing here waits.
+
+        -> what is drawn, (2, rows and padding, num_steps) float64 as by draw_reference, on the
+        host; and the event after which it is there.
+        """
+        m = self.loaded
         for _ in range(num_steps):
-            graph.replay()
-            if cut:                                # what the graph has drawn itself is not used
-                memory.drawn.copy_(draw_reference(logits, cut, memory.seeds, memory.context_lens,
-                                                  memory.options))
-                memory.input_ids.copy_(memory.drawn[0])
-            steps.append(memory.drawn.clone())
-        steps = torch.stack(steps).to("cpu", non_blocking=True)
+            m.graph.replay()
+            if any(m.cuts):                        # what the graph has drawn itself is not used
+                m.past[..., -1] = draw_reference(m.logits, True, m.seeds, m.context_lens, m.options)
+                m.input_ids.copy_(m.past[0, :, -1])
+        steps = m.past[..., -num_steps:].to("cpu", non_blocking=True)
         return steps, torch.cuda.current_stream().record_event()

@@ -569,8 +569,7 @@ class Sequence:
         self.cache_salt = cache_salt               # cached blocks are shared within one salt only
         self.params, self.seed = params, params.seed
         self.data, self.text = b"", ""             # what was generated, and what of it can be shown
-        self.cumulative_logprob = 0.0
-        self.logprobs = []
+        self.cumulative_logprob, self.logprobs = 0.0, []       # of what was generated
         self.finish_reason = None                  # "stop" or "length"
 
     @property
@@ -683,11 +682,12 @@ class BlockPool:
         With B = 4 and num_kv = 8 both blocks are full, so one new token needs a third. And copies:
         of k sequences that share a block, and all write to it, the last one finds it its own.
         """
-        rows = sum(max(0, -(-(seq.num_kv + num_new) // self.block_size) - len(seq.block_table))
-                   for seq, num_new in plan)
+        rows = sum([max(0, -(-(seq.num_kv + num_new) // self.block_size) - len(seq.block_table))
+                    for seq, num_new in plan])
         # Where slot num_kv has a block already, that one is written next; a full one never is.
-        writers = Counter(b for s, _ in plan for b in s.block_table[s.num_kv // self.block_size:])
-        return rows + sum(min(k, self.ref_count[b] - 1) for b, k in writers.items())
+        shared = [b for seq, _ in plan for b in seq.block_table[seq.num_kv // self.block_size:]
+                  if self.ref_count[b] > 1]
+        return rows + sum(min(shared.count(b), self.ref_count[b] - 1) for b in {*shared})
 
     def _take(self, content=None):
         """A free block to write to; what the prefix cache had there is forgotten."""
@@ -902,7 +902,7 @@ class Scheduler:
 # ================================================================================================
 
 
-def make_batch(scheduled, block_size, device):
+def make_batch(scheduled, kv_cache):
     """The flat batch of a step: kernels.flat_batch of the new tokens and tables of its sequences.
 
     Example (B = 4): a decode at position 5, with table [7, 1], stands after a two-token prefill.
@@ -912,7 +912,7 @@ def make_batch(scheduled, block_size, device):
     # Logits are wanted where the last known token is computed.
     rows = [(seq.token_ids[seq.num_kv:seq.num_kv + num_new], seq.num_kv, seq.block_table,
              seq.num_kv + num_new == seq.num_tokens) for seq, num_new in scheduled]
-    return kernels.flat_batch(rows, block_size, device)
+    return kernels.flat_batch(rows, kv_cache.shape[3], kv_cache.device)
 
 
 # ================================================================================================
@@ -1091,11 +1091,11 @@ def load_model(config, folder, device, dtype, load_format="auto", compiled=False
 
 
 def sampling_options(seqs, device):
-    """Whether tokens are cut, seeds (S,), and options (S, 4), as kernels.draw_reference wants."""
+    """Whose tokens are cut, seeds (S,), and options (S, 4), as kernels.draw_reference wants."""
     options = [(p.temperature, p.top_p, p.top_k, p.min_p) for p in (seq.params for seq in seqs)]
-    cut = any(t and (top_p < 1 or top_k > 0 or min_p > 0) for t, top_p, top_k, min_p in options)
+    cuts = [t > 0 and (top_p < 1 or top_k > 0 or min_p > 0) for t, top_p, top_k, min_p in options]
     seeds = kernels.upload([seq.seed for seq in seqs], device)
-    return cut, seeds, kernels.upload(options, device, torch.float64)
+    return cuts, seeds, kernels.upload(options, device, torch.float64)
 
 
 def top_logprobs(logprobs, row, token_id, num):
@@ -1123,11 +1123,11 @@ def sample(logits, seqs, wait=lambda read: read(), graphs=None):
             # each token is penalised once; multiplying lowers a negative score
             score = logits[row, seen := kernels.upload(seq.token_ids, logits.device)]
             logits[row, seen] = torch.where(score > 0, score / penalty, score * penalty)
-    cut, seeds, options = sampling_options(seqs, logits.device)
+    cuts, seeds, options = sampling_options(seqs, logits.device)
     lengths = kernels.upload([seq.num_tokens + 1 for seq in seqs], logits.device, torch.int32)
-    draw = kernels.draw_reference if cut or graphs is None else graphs.draw
+    draw = kernels.draw_reference if any(cuts) or graphs is None else graphs.draw
     # where all are greedy, or nobody is there, as only parts of prompts were computed: faster
-    tokens = (draw(logits, cut, seeds, lengths, options)[0].long()
+    tokens = (draw(logits, any(cuts), seeds, lengths, options)[0].long()
               if any(seq.params.temperature for seq in seqs) else logits.argmax(-1))
     chosen = wait(logprobs.gather(1, tokens[:, None])[:, 0].tolist)
     return [(token, chosen[row], top_logprobs(logprobs, row, token, seqs[row].params.logprobs))
@@ -1141,7 +1141,7 @@ def largest_step(model, kv_cache, num_seqs, num_tokens):
     seq = Sequence([0] * length, SamplingParams(seed=0, top_p=0.5))
     # All write to one block, and nobody reads it. Short tables' kernel comes with the first prompt.
     seq.block_table = [0] * max(seq.num_tokens, 1024)
-    batch = make_batch([(seq, seq.num_tokens)] * num_seqs, kv_cache.shape[3], kv_cache.device)
+    batch = make_batch([(seq, seq.num_tokens)] * num_seqs, kv_cache)
     with reading("the largest step; lower max_num_seqs or max_num_batched_tokens"):
         sample(model(batch, kv_cache), [seq] * num_seqs)
 
@@ -1239,7 +1239,7 @@ class Engine:
         return bool(self.scheduler.running or self.scheduler.waiting)
 
     @torch.inference_mode()
-    def step(self, watch=None, only_finished=False):
+    def step(self, watch=lambda engine: None, only_finished=False):
         """Schedule, run the model, sample -> outputs of the requests that got a token, or ended.
 
         watch(engine) is called at the end, while what finishes still holds its blocks.
@@ -1255,8 +1255,7 @@ class Engine:
             flight = flight or self._launch(sorted((s for s, _ in plan), key=lambda s: s.num_kv))
             following = flight and self._launch(*flight[:2])
             moved = self._land(*flight) if flight else self._compute(plan)
-            if watch:
-                watch(self)
+            watch(self)
         # siblings of what has ended may go on
         self.pool.free(*(seq for group in moved for seq in group.seqs if seq.finish_reason))
         self.scheduler.finish(*(group for group in moved if not group.unfinished()))
@@ -1291,13 +1290,16 @@ class Engine:
         num_steps = self._steps_ahead(seqs, in_flight)
         if num_steps and not (in_flight and waiting and
                               len(seqs) + waiting[0].width <= self.scheduler.max_num_seqs):
+            known = [len(seq.block_table) for seq in seqs]
             for seq in seqs:
                 self.pool.append(seq, in_flight + num_steps)
             self._move_blocks()
-            last = [(s.token_ids[-1:], s.num_kv + in_flight, s.block_table, True) for s in seqs]
-            options = sampling_options(seqs, self.kv_cache.device)
-            return seqs, num_steps, *self.graphs.run_ahead(last, rows if in_flight else None,
-                                                           num_steps, *options)
+            if in_flight:                          # the device has all but the new blocks
+                self.graphs.go_on(rows, known, [seq.block_table for seq in seqs])
+            else:
+                batch = make_batch([(seq, 1) for seq in seqs], self.kv_cache)
+                self.graphs.load(batch, *sampling_options(seqs, self.kv_cache.device))
+            return seqs, num_steps, *self.graphs.run_ahead(num_steps)
 
     def _wait(self, read):
         """What read() returns once the device has got that far; the time that takes is counted."""
@@ -1308,21 +1310,23 @@ class Engine:
     def _land(self, seqs, num_steps, steps, landed):
         """Take the tokens of a flight, up to the end of each text -> the groups that got them."""
         self._wait(landed.synchronize)
-        for drawn in steps:
-            for seq, token_id, logprob in zip(seqs, *drawn.tolist(), strict=False):    # or padding
+        # tokens and log-probabilities of each; behind them is padding
+        for seq, *drawn in zip(seqs, steps[0].long().tolist(), steps[1].tolist(), strict=False):
+            # all together, but one by one where a stop string may end the text at any of them
+            for new in map(zip, zip(*drawn, strict=True)) if seq.params.stop else [drawn]:
                 if seq.block_table and not seq.finish_reason:      # not aborted, not ended
-                    self.pool.publish(seq, 1)
-                    seq.num_kv += 1
-                    self._append_token(seq, int(token_id), logprob)
-                    self.counts["generated_tokens"] += 1
+                    self._append_tokens(seq, *new)
+                    num_new = seq.num_tokens - 1 - seq.num_kv
+                    self.pool.publish(seq, num_new)
+                    seq.num_kv += num_new
+                    self.counts["generated_tokens"] += num_new
         self._count(num_steps * len(seqs), num_steps)
         return list(self.scheduler.running)
 
     def _compute(self, scheduled):
         """Run the model, and sample -> the groups that got a token."""
         self._move_blocks()
-        batch = make_batch(scheduled, self.pool.block_size, self.kv_cache.device)
-        logits = (self.graphs or self.model)(batch, self.kv_cache)
+        logits = (self.graphs or self.model)(make_batch(scheduled, self.kv_cache), self.kv_cache)
         # Up to here a step that is interrupted is simply done again, and from here on as well: a
         # sequence that has all its K and V, and no new token, computes its last one once more.
         for seq, num_new in scheduled:
@@ -1367,7 +1371,7 @@ class Engine:
                 self._extend_beams(group, sampled)
             else:
                 for seq in group.unfinished():
-                    self._append_token(seq, *sampled[seq])
+                    self._append_tokens(seq, *zip(sampled[seq]))     # of each kind, one
 
     def _extend_beams(self, group, sampled):
         """One step of beam search, by the rules of transformers.
@@ -1375,7 +1379,7 @@ class Engine:
         Each beam of the next step is a fork of one of this step. Then those of this step are
         freed, and with them the blocks that nothing goes on from (paper, Fig 9).
         """
-        parent_of = {self._append_token(parent.fork(), *offer): parent     # a token and its logprob
+        parent_of = {self._append_tokens(parent.fork(), *zip(offer)): parent   # token and logprob
                      for parent in group.unfinished() for offer in sampled[parent][2].items()}
         ranked = sorted(parent_of, key=lambda seq: seq.cumulative_logprob, reverse=True)
         beams = [seq for seq in ranked if not seq.finish_reason][:group.width]
@@ -1386,17 +1390,19 @@ class Engine:
             self.pool.fork(parent_of[seq], seq)
         self.pool.free(*parent_of.values())        # named again, a parent has nothing left
 
-    def _append_token(self, seq, token_id, logprob, logprobs=None):
-        """Add a token; show more of the text; set finish_reason if it was the last -> seq."""
-        seq.token_ids.append(token_id)
-        seq.cumulative_logprob += logprob
-        seq.logprobs += [logprobs] if logprobs else []
-        if token_id in seq.params.stop_token_ids:
-            seq.finish_reason = "stop"             # this token ends the text, and is no part of it
-        elif seq.num_tokens >= seq.max_num_tokens:
-            seq.finish_reason = "length"
+    def _append_tokens(self, seq, token_ids, logprobs, tops=()):
+        """Add tokens up to the text's end, where finish_reason is set; show more of it -> seq."""
+        new, ends = token_ids[:seq.max_num_tokens - seq.num_tokens], seq.params.stop_token_ids
+        if stopped := not ends.isdisjoint(new):
+            new = new[:1 + next(i for i, token_id in enumerate(new) if token_id in ends)]
+        seq.token_ids += new
+        seq.cumulative_logprob += sum(logprobs[:len(new)])
+        seq.logprobs += filter(None, tops)         # if any are asked for
+        if stopped or seq.num_tokens == seq.max_num_tokens:
+            seq.finish_reason = "stop" if stopped else "length"
         if self.tokenizer:
-            seq.data += self.tokenizer.token_bytes(token_id) if seq.finish_reason != "stop" else b""
+            # a token that stops the text is no part of it
+            seq.data += b"".join(map(self.tokenizer.token_bytes, new[:len(new) - stopped]))
             # until the end, half a character is not shown, nor what may become a stop string
             text, _ = codecs.utf_8_decode(seq.data, "replace", bool(seq.finish_reason))
             if stops := [text.find(stop) for stop in seq.params.stop if stop in text]:
@@ -1636,12 +1642,12 @@ def write_outputs(engine, request_ids, params, args):
     """Run the engine; stream the texts in the order of `request_ids`, each ended by a newline."""
     # no half lines in JSON, between drawings, or while beams compete
     whole = args.json or args.show_blocks or args.beam or params.n > 1
-    watch, news = draw_blocks if args.show_blocks else None, {}
+    watch, news = (draw_blocks if args.show_blocks else lambda engine: None), {}
     for request_id in request_ids:
         written, output = 0, None
         while not (output and output.finished):
             while request_id not in news:          # the others' wait there until it is their turn
-                news |= {moved.request_id: moved for moved in engine.step(watch, whole)}
+                news |= {out.request_id: out for out in engine.step(watch, whole)}
             output = news.pop(request_id)
             text = "\n".join(text.text for text in output.outputs[:params.n])
             text = json.dumps(output, default=vars) if args.json else text

@@ -274,15 +274,16 @@ def print_replays(engine, context: int = 800, rounds: int = 20) -> None:
     for size, num_seqs in ((1, 1), (256, 256)):
         if size not in engine.graphs.graphs:
             continue
-        graph, batch, logits = engine.graphs.graphs[size]
+        batch = engine.graphs.graphs[size]
         num_columns = min(batch.block_tables.shape[1], -(-(context + 64) // engine.pool.block_size))
-        blocks = torch.arange(size * num_columns, device=logits.device) % engine.pool.num_blocks
-        batch.block_tables[:, :num_columns] = blocks.view(size, num_columns)
-        runs = {"a replay": graph.replay}
+        table = batch.block_tables[:, :num_columns]
+        blocks = torch.arange(table.numel(), device=table.device) % engine.pool.num_blocks
+        table.copy_(blocks.view_as(table))
+        runs = {"a replay": batch.graph.replay}
         for name, draw in (("its draw", engine.graphs.draw),
                            ("the same, not compiled", kernels.draw_reference)):
             with torch.cuda.graph(captured := torch.cuda.CUDAGraph()):
-                draw(logits, False, batch.seeds, batch.context_lens, batch.options)
+                draw(batch.logits, False, batch.seeds, batch.context_lens, batch.options)
             runs[name] = captured.replay
         for name, run in runs.items():
             batch.context_lens.zero_()

@@ -121,7 +121,7 @@ def golden_llm(name, **settings):
     return LLM(str(GOLDEN / "models" / name), skip_tokenizer_init=True, **settings)
 
 
-def run_checked(engine, max_steps=2000, after_step=None, watch=None):
+def run_checked(engine, max_steps=2000, after_step=None, watch=lambda engine: None):
     """Step until nothing is left, with all invariants checked -> {request_id: last output}.
 
     after_step(outputs) sees each step's outputs; it may add and abort requests. watch(engine) sees
@@ -199,8 +199,8 @@ def computed_kv(llm, texts):
     for seq in seqs:
         engine.pool.append(seq, seq.num_tokens)
     with torch.inference_mode():
-        engine.model(make_batch([(seq, seq.num_tokens) for seq in seqs], engine.pool.block_size,
-                                engine.kv_cache.device), engine.kv_cache)
+        engine.model(make_batch([(seq, seq.num_tokens) for seq in seqs], engine.kv_cache),
+                     engine.kv_cache)
     for seq in seqs:
         seq.num_kv = seq.num_tokens
         kv.append(cached_kv(engine.kv_cache, seq).cpu())
@@ -240,8 +240,7 @@ def all_logits(llm, prompts):
     seqs = [Sequence(prompt, SamplingParams()) for prompt in prompts]
     for seq in seqs:
         engine.pool.append(seq, seq.num_tokens)
-    batch = make_batch([(seq, seq.num_tokens) for seq in seqs], engine.pool.block_size,
-                       engine.kv_cache.device)
+    batch = make_batch([(seq, seq.num_tokens) for seq in seqs], engine.kv_cache)
     batch.last_rows = torch.arange(len(batch.input_ids), device=engine.kv_cache.device)
     with torch.inference_mode():
         logits = engine.model(batch, engine.kv_cache).cpu()

@@ -781,8 +781,8 @@ def test_a_step_that_failed_while_tokens_were_added(at, llm, monkeypatch):
     """Ctrl-C between the tokens of a step: a sequence with nothing left to compute stops all."""
     ids = [llm.engine.add_request(prompt, greedy_params()) for prompt in PROMPTS]
     with monkeypatch.context() as patch:
-        append = Interrupt(Engine._append_token, at)
-        patch.setattr(Engine, "_append_token", lambda *args: append(*args))
+        append = Interrupt(Engine._append_tokens, at)
+        patch.setattr(Engine, "_append_tokens", lambda *args: append(*args))
         with pytest.raises(KeyboardInterrupt):
             run_checked(llm.engine)
     outputs = run_checked(llm.engine)
@@ -810,7 +810,7 @@ def test_a_text_that_an_interrupt_left_too_long_ends(llm):
         llm.engine.step()
     llm.engine.scheduler.running[0].seqs[0].token_ids.append(GREEDY[0][3])
     outputs = run_checked(llm.engine, max_steps=3)
-    assert token_ids(outputs[request_id]) == GREEDY[0][:5]
+    assert token_ids(outputs[request_id]) == GREEDY[0][:4]
     assert outputs[request_id].outputs[0].finish_reason == "length"
 
 

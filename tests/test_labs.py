@@ -228,7 +228,7 @@ EXTEND = """
         for parent in parents:
             for token_id, logprob in sampled[parent][2].items():
                 child = parent.fork()
-                self._append_token(child, token_id, logprob)
+                self._append_tokens(child, [token_id], [logprob])
                 found.append((child, parent))
         found.sort(key=lambda pair: pair[0].cumulative_logprob, reverse=True)
         width = group.width
@@ -276,19 +276,24 @@ LAUNCH = """
         for seq in flying:
             self.pool.append(seq, in_flight + num_steps)
         self._move_blocks()
-        rows = []
-        for seq in flying:
-            rows.append(([seq.token_ids[-1]], seq.num_kv + in_flight, [*seq.block_table], True))
-        options = nanopaged.sampling_options(flying, self.kv_cache.device)
-        sources = sources if in_flight else None
-        steps, landed = self.graphs.run_ahead(rows, sources, num_steps, *options)
+        if in_flight:
+            known, tables = [], []
+            for seq in flying:
+                known.append((seq.num_kv + in_flight) // self.pool.block_size)
+                tables.append(seq.block_table)
+            self.graphs.go_on(sources, known, tables)
+        else:
+            batch = nanopaged.make_batch([(seq, 1) for seq in flying], self.kv_cache)
+            options = nanopaged.sampling_options(flying, self.kv_cache.device)
+            self.graphs.load(batch, *options)
+        steps, landed = self.graphs.run_ahead(num_steps)
         return flying, num_steps, steps, landed
 """
 LAND = """
     def _land(self, seqs, num_steps, steps, landed):
         landed.synchronize()
-        for drawn in steps:
-            tokens, logprobs = drawn.tolist()
+        tokens, logprobs = steps.tolist()
+        for i in range(num_steps):
             for row, seq in enumerate(seqs):
                 if seq.finish_reason:
                     continue
@@ -296,9 +301,9 @@ LAND = """
                     continue
                 self.pool.publish(seq, 1)
                 seq.num_kv += 1
-                self._append_token(seq, int(tokens[row]), logprobs[row])
+                self._append_tokens(seq, [int(tokens[row][i])], [logprobs[row][i]])
                 self.counts["generated_tokens"] += 1
-        self._count(len(steps) * len(seqs), num_steps)
+        self._count(num_steps * len(seqs), num_steps)
         return [group for group in self.scheduler.running if {*group.seqs} & {*seqs}]
 """
 FLIGHTS = LAUNCH + LAND
@@ -908,21 +913,27 @@ WRONG = {
         "self.pool.append(seq, num_steps)")),
     "copied_too_late": (11, 2, "_move_blocks.. comes first", but(
         FLIGHTS, "self._move_blocks()", "pass")),
-    "rows_before_the_blocks": (11, 2, "when blocks have been appended", but(but(
+    "rows_before_the_blocks": (11, 2, "the device knows .* it must get what was appended", but(but(
         FLIGHTS, "        for seq in flying:\n            self.pool.append(seq, in_flight + "
-        "num_steps)\n        self._move_blocks()\n", ""), "        options =",
+        "num_steps)\n        self._move_blocks()\n", ""), "        steps, landed =",
         "        [self.pool.append(seq, in_flight + num_steps) for seq in flying]\n"
-        "        self._move_blocks()\n        options =")),
-    "the_same_places_again": (11, 2, "begins at position 9, it must be 13: 9 tokens .* and 4", but(
-        FLIGHTS, "seq.num_kv + in_flight, [", "seq.num_kv, [")),
-    "what_was_said_before": (11, 2, "the last token that is known", but(
-        FLIGHTS, "seq.token_ids[-1]", "seq.token_ids[-2]")),
-    "from_tokens_that_nobody_knows": (11, 2, "sources are None behind a flight", but(
-        FLIGHTS, "sources = sources if in_flight else None", "sources = None")),
-    "a_first_flight_behind_another": (11, 2, "behind nobody sources must be None", but(
-        FLIGHTS, "sources = sources if in_flight else None", "pass")),
-    "sources_are_rows_of_this_flight": (11, 2, r"sources are \[0, 1\], they must be \[0, 2\]", but(
-        FLIGHTS, "sources if in_flight", "[*range(len(flying))] if in_flight")),
+        "        self._move_blocks()\n        steps, landed =")),
+    "all_are_known": (11, 2, "flight 2: 5 blocks of a are said to be known .* it has 4", but(
+        FLIGHTS, "known.append((seq.num_kv + in_flight) // self.pool.block_size)",
+        "known.append(len(seq.block_table))")),
+    "tables_of_everybody": (11, 2, "flight 2: .* keeps 2 rows, and gets 3 tables", but(
+        FLIGHTS, "            for seq in flying:\n                known",
+        "            for seq in seqs:\n                known")),
+    "what_was_said_before": (11, 2, "token 6 at position 7, it must have .* known, 500 at 7", but(
+        FLIGHTS, "nanopaged.make_batch([(seq, 1) for seq in flying], self.kv_cache)",
+        "nanopaged.kernels.flat_batch([(seq.token_ids[-2:-1], seq.num_kv, seq.block_table, True) "
+        "for seq in flying], 4, self.kv_cache.device)")),
+    "from_tokens_that_nobody_knows": (11, 2, "behind a flight only the device knows them", but(
+        FLIGHTS, "if in_flight:\n            known", "if False:\n            known")),
+    "a_first_flight_behind_another": (11, 2, "nothing flies: load.. begins", but(
+        FLIGHTS, "if in_flight:\n            known", "if True:\n            known")),
+    "rows_of_this_flight": (11, 2, r"keeps rows \[0, 1\], it must be \[0, 2\]", but(
+        FLIGHTS, "go_on(sources,", "go_on([*range(len(flying))],")),
     "flies_with_all_its_tokens": (11, 2, "asked about, but it will have all its tokens then", but(
         FLIGHTS, "if seq.max_num_tokens - seq.num_tokens > in_flight:", "if True:")),
     "one_token_too_few": (11, 2, "c 5, .* flight 2: c could fly, and is left", but(
@@ -934,8 +945,6 @@ WRONG = {
         FLIGHTS, "self._steps_ahead(flying, in_flight)", "self._steps_ahead(seqs, in_flight)")),
     "asks_as_if_nothing_flew": (11, 2, "told that 0 tokens are in flight, and 6 are", but(
         FLIGHTS, "self._steps_ahead(flying, in_flight)", "self._steps_ahead(flying)")),
-    "options_of_everybody": (11, 2, r"are \d rows, and sampling_options.. of \d", but(
-        FLIGHTS, "sampling_options(flying,", "sampling_options(seqs,")),
     "follows_while_somebody_waits": (11, 2, "somebody waits, .*: nothing may follow", but(
         FLIGHTS, " or in_flight and self.scheduler.waiting", "")),
     "nobody_flies_in_a_queue": (11, 2, "somebody waits, and nothing is in flight: the plan", but(
@@ -961,7 +970,7 @@ WRONG = {
         FLIGHTS, "self.pool.publish(seq, 1)", "pass"),
         "seq.num_kv += 1", "seq.num_kv += 1; self.pool.publish(seq, 1)")),
     "tokens_are_floats": (11, 2, "a token is a float", but(
-        FLIGHTS, "int(tokens[row])", "tokens[row]")),
+        FLIGHTS, "[int(tokens[row][i])]", "[tokens[row][i]]")),
     "padding_is_read": (11, 2, "raised ValueError", but(
         FLIGHTS, "            for row, seq in enumerate(seqs):\n                if seq.finish",
         "            for row, (seq, _) in enumerate(zip(seqs, tokens, strict=True)):\n"
@@ -971,7 +980,7 @@ WRONG = {
         "        self._count(", '        self.counts["generated_tokens"] += num_steps * len(seqs)\n'
         "        self._count(")),
     "kept_tokens_are_computed": (11, 2, "_count.. takes the tokens of all steps", but(
-        FLIGHTS, "self._count(len(steps) * len(seqs), num_steps)", "self._count(len(seqs))")),
+        FLIGHTS, "self._count(num_steps * len(seqs), num_steps)", "self._count(len(seqs))")),
     "a_group_for_each_text": (11, 2, "each once", but(
         FLIGHTS, "[group for group in self.scheduler.running if {*group.seqs} & {*seqs}]",
         "[group for group in self.scheduler.running for seq in group.seqs]")),
@@ -1140,7 +1149,7 @@ DIFFERENT = {
         beams, ended, of = [], [seq for seq in group.seqs if seq not in parents], {}
         for rank, (total, number, token_id) in enumerate(offers):
             child = parents[number].fork()
-            self._append_token(child, token_id, total - child.cumulative_logprob)
+            self._append_tokens(child, [token_id], [total - child.cumulative_logprob])
             if child.finish_reason and rank < width:
                 ended.append(child)                # its K and V are not needed any more
             elif not child.finish_reason and len(beams) < width:

@@ -194,7 +194,7 @@ def test_only_with_prefix_caching_requests_share(caching):
 
 PLACES = [(nanopaged, "make_batch"), (nanopaged, "sample"), (nanopaged, "beam_score"),
           (kernels, CALLED.format("copy_blocks")), (kernels, CALLED.format("paged_attention")),
-          (BlockPool, "append"), (BlockPool, "publish"), (Engine, "_append_token")]
+          (BlockPool, "append"), (BlockPool, "publish"), (Engine, "_append_tokens")]
 
 
 @pytest.mark.parametrize("owner, name", PLACES, ids=lambda place: getattr(place, "__name__", place))

@@ -28,8 +28,7 @@ class Sequence:
         self.cache_salt = cache_salt               # cached blocks are shared within one salt only
         self.params, self.seed = params, params.seed
         self.data, self.text = b"", ""             # what was generated, and what of it can be shown
-        self.cumulative_logprob = 0.0
-        self.logprobs = []
+        self.cumulative_logprob, self.logprobs = 0.0, []       # of what was generated
         self.finish_reason = None                  # "stop" or "length"
 
     @property

@@ -11,7 +11,7 @@
 All else is the engine's own code: tutorial/labs.py cut it out of nanopaged.py.
 """
 
-from collections import Counter, OrderedDict  # noqa: F401
+from collections import OrderedDict  # noqa: F401
 
 from nanopaged import OutOfBlocks  # noqa: F401
 
@@ -49,11 +49,12 @@ class BlockPool:
         With B = 4 and num_kv = 8 both blocks are full, so one new token needs a third. And copies:
         of k sequences that share a block, and all write to it, the last one finds it its own.
         """
-        rows = sum(max(0, -(-(seq.num_kv + num_new) // self.block_size) - len(seq.block_table))
-                   for seq, num_new in plan)
+        rows = sum([max(0, -(-(seq.num_kv + num_new) // self.block_size) - len(seq.block_table))
+                    for seq, num_new in plan])
         # Where slot num_kv has a block already, that one is written next; a full one never is.
-        writers = Counter(b for s, _ in plan for b in s.block_table[s.num_kv // self.block_size:])
-        return rows + sum(min(k, self.ref_count[b] - 1) for b, k in writers.items())
+        shared = [b for seq, _ in plan for b in seq.block_table[seq.num_kv // self.block_size:]
+                  if self.ref_count[b] > 1]
+        return rows + sum(min(shared.count(b), self.ref_count[b] - 1) for b in {*shared})
 
     def _take(self, content=None):
         """A free block to write to; what the prefix cache had there is forgotten."""

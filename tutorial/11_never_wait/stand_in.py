@@ -1,7 +1,7 @@
 """In place of CUDA graphs, on a CPU: what a replay does is done by the model itself, and counted.
 
-    graph, batch, logits = graphs.load(batch)      kernels.DecodeGraphs: fixed memory, padded
-    graph.replay()                                 here: rows that are no padding, then a draw
+    graphs.load(batch)              kernels.DecodeGraphs: fixed memory, padded
+    graphs.loaded.graph.replay()    here: rows that are no padding, then a draw
 
 All else, such as what is put where before and after a replay, is the engine's own code.
 """
@@ -34,8 +34,9 @@ class Replay:
         self.memory = self.flat_batch([([0], 0, [0] * num_columns, True)] * size)
         self.memory.seeds = torch.zeros(size, dtype=torch.int64)
         self.memory.options = torch.zeros(size, 4, dtype=torch.float64)
-        self.memory.drawn = torch.zeros(2, size, dtype=torch.float64)
-        self.logits = torch.zeros(size, engine.model.config.vocab_size)
+        self.memory.past = torch.zeros(2, size, 16, dtype=torch.float64)
+        self.memory.logits = torch.zeros(size, engine.model.config.vocab_size)
+        self.memory.graph = self
 
     def flat_batch(self, rows):
         return kernels.flat_batch(rows, self.kv_cache.shape[3], self.kv_cache.device)
@@ -47,12 +48,12 @@ class Replay:
             m.input_ids.tolist(), m.context_lens.tolist(), m.block_tables.tolist(), strict=True)]
         rows = rows[:alive.sum()]                  # padding stands behind
         assert m.block_tables[len(rows):, 0].lt(0).all(), "padding has a slot, and would be written"
-        self.logits.fill_(torch.nan)               # nobody shall read what padding gets
-        self.logits[:len(rows)] = self.model(self.flat_batch(rows), self.kv_cache)
+        m.logits.fill_(torch.nan)                  # nobody shall read what padding gets
+        m.logits[:len(rows)] = self.model(self.flat_batch(rows), self.kv_cache)
         m.context_lens += alive
-        m.drawn.copy_(kernels.draw_reference(self.logits, False, m.seeds, m.context_lens,
-                                             m.options))
-        m.input_ids.copy_(m.drawn[0])
+        drawn = kernels.draw_reference(m.logits, False, m.seeds, m.context_lens, m.options)
+        m.past.copy_(torch.cat((m.past[..., 1:], drawn[..., None]), dim=2))
+        m.input_ids.copy_(drawn[0])
         self.owner.num_replays += 1
 
 
@@ -62,12 +63,12 @@ class StandIn(kernels.DecodeGraphs):
     draw = staticmethod(kernels.draw_reference)    # not compiled
 
     def __init__(self, engine):
-        self.model, self.block_size = engine.model, engine.pool.block_size
+        self.model = engine.model
         self.num_replays = self.num_ahead = 0      # replays; tokens that were drawn ahead
-        replays = {size: Replay(self, engine, size) for size in (1, 2, 4, 8, 16)}
-        self.graphs = {size: (one, one.memory, one.logits) for size, one in replays.items()}
+        self.graphs = {size: Replay(self, engine, size).memory for size in (1, 2, 4, 8, 16)}
 
-    def run_ahead(self, rows, sources, num_steps, *options):
-        self.num_ahead += num_steps * len(rows)
+    def run_ahead(self, num_steps):
+        self.num_ahead += num_steps * len(self.loaded.cuts)
         with mock.patch.object(torch.cuda, "current_stream", Landed):
-            return super().run_ahead(rows, sources, num_steps, *options)
+            steps, landed = super().run_ahead(num_steps)
+        return steps.clone(), landed               # of memory that the next flight writes to

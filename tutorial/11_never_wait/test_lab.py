@@ -165,77 +165,92 @@ def check_blocks(engine, seqs, ours, in_flight=0):
 class Landing:
     """The tokens of a flight, and the event behind it: they are there once somebody has waited."""
 
-    def __init__(self, tokens):
-        self.tokens, self.waited = tokens, False   # a list of a row's tokens for each step
-        self.steps = [torch.full((2, len(row) + 3), -1.0, dtype=torch.float64) for row in tokens]
+    def __init__(self, drawn):
+        self.drawn, self.waited = drawn, False     # a list of each row's tokens
+        shape = 2, len(drawn) + 3, len(drawn[0])   # padding is behind the rows
+        self.steps = torch.full(shape, -1.0, dtype=torch.float64)
 
     def synchronize(self):
         self.waited = True
-        for i, (step, row) in enumerate(zip(self.steps, self.tokens, strict=True)):
-            step.zero_()                           # padding is behind the rows
-            step[0, :len(row)] = torch.tensor(row, dtype=torch.float64)
-            step[1, :len(row)] = -0.5 - i
+        self.steps.zero_()
+        self.steps[0, :len(self.drawn)] = torch.tensor(self.drawn, dtype=torch.float64)
+        self.steps[1, :len(self.drawn)] = -0.5 - torch.arange(len(self.drawn[0]))
 
 
 class Device:
-    """Plays run_ahead() of DecodeGraphs: looks at what it is given, then makes tokens up.
+    """Plays DecodeGraphs: looks at what it is given, then makes tokens up.
 
-    draws: {sequence: its tokens}. call: what the launch should be like, see launch().
+    draws: {sequence: its tokens}. call: what the launch should be like, see launch(). tables:
+    {sequence: its block table as the device knows it}, of what is loaded, row by row.
     """
 
     def __init__(self, engine, draws):
-        self.engine, self.draws, self.call = engine, draws, None
+        self.engine, self.draws, self.call, self.tables = engine, draws, None, {}
 
-    def run_ahead(self, rows, sources, num_steps, cut, seeds, options):
+    def load(self, batch, cuts, seeds, options):
+        call, by_seed = self.call, {seq.seed: seq for seq in self.draws}
+        expect(not call.in_flight, "load() begins with tokens that the host knows, and behind a "
+               "flight only the device knows them: go_on() keeps them there")
+        seqs = [by_seed[seed] for seed in seeds.tolist()]
+        num_rows, num_tokens = len(batch.context_lens), len(batch.input_ids)
+        expect(num_rows == len(seqs), f"there are {num_rows} rows, and sampling_options() of "
+               f"{len(seqs)} sequences: both must be of those that fly")
+        expect(num_tokens == num_rows, f"a row is a sequence's next token, and the batch has "
+               f"{num_tokens} tokens of {num_rows} sequences")
+        for seq, token_id, position in zip(seqs, batch.input_ids.tolist(), batch.positions.tolist(),
+                                           strict=True):
+            expect((token_id, position) == (seq.token_ids[-1], seq.num_kv), f"{call.names[seq]}'s "
+                   f"row has token {token_id} at position {position}, it must have the last that "
+                   f"is known, {seq.token_ids[-1]} at {seq.num_kv}")
+        self.tables = dict(zip(seqs, batch.block_tables.tolist(), strict=True))
+        call.loaded += 1
+
+    def go_on(self, rows, known, tables):
+        call, before = self.call, [*self.tables]
+        expect(call.in_flight, "go_on() goes on behind a flight, and nothing flies: load() begins")
+        want = [before.index(seq) for seq in before if seq in call.going]
+        expect([*rows] == want, f"go_on() keeps rows {[*rows]}, it must be {want}: each one's "
+               "number in the flight before")
+        expect(len(known) == len(tables) == len(rows), f"go_on() keeps {len(rows)} rows, and gets "
+               f"{len(tables)} tables of which {len(known)} numbers of blocks are known")
+        new = {}
+        for row, num_known, table in zip(rows, known, tables, strict=True):
+            have = self.tables[before[row]]
+            expect(0 <= num_known <= len(have), f"{num_known} blocks of {call.names[before[row]]} "
+                   f"are said to be known to the device, and it has {len(have)}")
+            new[before[row]] = have[:num_known] + table[num_known:]
+        self.tables = new
+        call.loaded += 1
+
+    def run_ahead(self, num_steps):
         call, pool = self.call, self.engine.pool
         expect(call.landing is None, "graphs.run_ahead() was called twice, it must be once")
+        expect(call.loaded == 1, f"before run_ahead() load() or go_on() must be called, once; they "
+               f"were called {call.loaded} times")
         expect(num_steps == call.num_steps, f"run_ahead() is told {num_steps} steps, and "
                f"_steps_ahead() said {call.num_steps}")
-        by_seed = {seq.seed: seq for seq in self.draws}
-        seqs = [by_seed[seed] for seed in seeds.tolist()]
-        expect(len(rows) == len(seqs), f"there are {len(rows)} rows, and sampling_options() of "
-               f"{len(seqs)} sequences: both must be of those that fly")
-        call.check_who(seqs, "has a row")
+        call.seqs = [*self.tables]
+        call.check_who(call.seqs, "has a row")
         expect(not pool.copies, "blocks are still to be copied, and the device computes already: "
                "_move_blocks() comes first")
-        for seq, row in zip(seqs, rows, strict=True):
-            self.check_row(call, seq, *row)
-        self.check_sources(call, seqs, sources)
-        call.seqs, call.drawn = seqs, {seq: [] for seq in seqs}
-        for _ in range(num_steps):
-            for seq in seqs:
-                call.drawn[seq].append(self.draws[seq].pop(0))
-        call.landing = Landing([*zip(*call.drawn.values(), strict=True)])
+        for seq, table in self.tables.items():
+            self.check_table(call, seq, table)
+        call.drawn = {seq: [self.draws[seq].pop(0) for _ in range(num_steps)] for seq in call.seqs}
+        call.landing = Landing([*call.drawn.values()])
         return call.landing.steps, call.landing
 
-    def check_row(self, call, seq, token_ids, first, table, is_wanted):
+    def check_table(self, call, seq, table):
         name, pool, in_flight = call.names[seq], self.engine.pool, call.in_flight
-        expect(len(token_ids) == 1 and is_wanted, f"a row must be ([token], position, table, True),"
-               f" and {name}'s has {len(token_ids)} tokens")
-        expect(in_flight or [*token_ids] == seq.token_ids[-1:], f"{name}'s row must have the last "
-               f"token that is known of its text, [{seq.token_ids[-1]}], it has {token_ids}")
-        expect(first == seq.num_kv + in_flight, f"{name}'s row begins at position {first}, it must "
-               f"be {seq.num_kv + in_flight}: {seq.num_kv} tokens are cached, and {in_flight} in "
-               "flight")
         needed = -(-(seq.num_kv + in_flight + call.num_steps) // 4)
         expect(len(seq.block_table) >= needed, f"{seq.num_kv} tokens are cached, {in_flight} are "
                f"in flight and {call.num_steps} steps follow, but the table has "
                f"{len(seq.block_table)} blocks: append room for all of them first, {needed} blocks")
-        expect(table[:needed] == seq.block_table[:needed], "a row has another table than its "
-               "sequence: make it when blocks have been appended")
+        expect(table[:needed] == seq.block_table[:needed], f"{name}'s table is {seq.block_table}, "
+               f"and the device knows {table[:needed]}: it must get what was appended, in its row "
+               "and its column")
         written = seq.block_table[seq.num_kv // 4:needed]
         expect(all(pool.ref_count[block_id] == 1 for block_id in written), "a block is written "
                "that another sequence reads")
-
-    def check_sources(self, call, seqs, sources):
-        if not call.in_flight:
-            return expect(sources is None, f"behind nobody sources must be None, they are "
-                          f"{sources}: the rows have the last tokens")
-        want = [call.before.index(seq) for seq in seqs]
-        expect(sources is not None, "sources are None behind a flight: the tokens to go on from "
-               "are known to the device only")
-        expect([*sources] == want, f"sources are {[*sources]}, they must be {want}: each row's "
-               "number in the flight before")
 
 
 def launch(engine, seqs, in_flight, num_steps, what, left_out=None):
@@ -246,8 +261,8 @@ def launch(engine, seqs, in_flight, num_steps, what, left_out=None):
     left_out = left_out or {}
     going = [seq for seq in seqs if seq not in left_out]
     call = SimpleNamespace(
-        in_flight=in_flight, num_steps=num_steps if going else 0, before=[*seqs], landing=None,
-        seqs=[], drawn={}, names=dict(zip(engine.graphs.draws, "abcd", strict=False)))
+        in_flight=in_flight, num_steps=num_steps if going else 0, going=going, landing=None,
+        loaded=0, seqs=[], drawn={}, names=dict(zip(engine.graphs.draws, "abcd", strict=False)))
 
     def check_who(asked, has):
         for seq in asked:

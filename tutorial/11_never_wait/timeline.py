@@ -39,7 +39,7 @@ class Costs:
     graph: int = 100                               # what is launched for a step with a graph
     plan: int = 200                                # schedule, and make a batch
     plan_seq: int = 12                             # the same, for each sequence
-    read_seq: int = 4                              # add a token to its text
+    read_seq: int = 4                              # add one token, or 16, to a text
 
 
 class Clock:
@@ -79,10 +79,9 @@ def launch(clock, c, ahead):
 
 
 def land(clock, c, ends):
-    """Wait for a flight, and read its tokens."""
+    """Wait for a flight, and read its tokens, all of a text together."""
     clock.wait(ends[-1])
-    for _ in ends:
-        clock.work("r", c.read_seq * c.num_seqs)
+    clock.work("r", c.read_seq * c.num_seqs)
 
 
 def bursts(clock, c, num_steps, ahead):
@@ -143,7 +142,7 @@ def print_shares(c):
                             ("host busy, flights", flights, 2)):
         print(f"{name:20}", "".join(f"{run(policy, c, ahead)[i]:6.0%}" for ahead in nums))
     # it comes when a flight has just taken off, behind which none follows then
-    waits = [ahead * (c.gpu + c.read_seq * c.num_seqs) / 1000 for ahead in nums]
+    waits = [(ahead * c.gpu + c.read_seq * c.num_seqs) / 1000 for ahead in nums]
     print("a newcomer waits, ms", "".join(f"{wait:6.1f}" for wait in waits))
 
 
