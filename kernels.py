@@ -628,8 +628,8 @@ class DecodeGraphs:
         Where each text is, what comes next, and how it is drawn, only the device knows. The host
         has their tables, of which so many blocks are known here, and sends what is new.
         """
-        before, new = self.loaded, [(row, i, block_id) for row, table in enumerate(tables)
-                                    for i, block_id in enumerate(table[known[row]:], known[row])]
+        before, new = self.loaded, [n for row, table in enumerate(tables) for i in range(
+            known[row], len(table)) for n in (row, i, table[i])]           # three of each block
         kept, new = (upload(numbers, before.seeds.device) for numbers in (rows, new))
         batch = SimpleNamespace(**{name: getattr(before, name)[kept] for name in (
             "input_ids", "context_lens", "block_tables", "seeds", "options")})

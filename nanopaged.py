@@ -1268,9 +1268,9 @@ class Engine:
         0 if the host must see each: for prompts, beams, log-probabilities and penalties. Else as
         many as somebody wants beside those in flight, and as fit into max_model_len and the pool.
         """
-        plain = self.graphs and seqs and all(
+        plain = self.graphs and seqs and (in_flight or all(                # who flies, flies on
             seq.num_kv == seq.num_tokens - 1 >= seq.num_prompt_tokens
-            and seq.params.logprobs is None and seq.params.repetition_penalty == 1 for seq in seqs)
+            and seq.params.logprobs is None and seq.params.repetition_penalty == 1 for seq in seqs))
         most = max((seq.max_num_tokens - seq.num_tokens for seq in seqs), default=0) - in_flight
         room = self.max_model_len + 1 - in_flight - max((s.num_tokens for s in seqs), default=0)
         return next((n for n in (16, 8, 4, 2) if plain and n < 2 * most and n <= room

@@ -23,7 +23,9 @@ are the shapes of Llama 3.2 1B and 3.1 8B with random weights; nano256 is nano-v
 256 requests of 100 to 1,024 tokens in and out. Printed are tokens/s and the share of the floor of
 each round (the first compiles kernels), the seconds until the engine was ready, the host's
 microseconds a step (what a step took, less the time in which it waited for the device) and, where
-there are CUDA graphs, the milliseconds of a replay and of the draw in it.
+there are CUDA graphs, the milliseconds of a replay and of the draw in it. Where Python may not keep
+compiled modules (PYTHONDONTWRITEBYTECODE, and none installed), most of the seconds until the engine
+is ready go into compiling torch's own.
 """
 
 import argparse
