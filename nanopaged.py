@@ -687,7 +687,7 @@ class BlockPool:
         # Where slot num_kv has a block already, that one is written next; a full one never is.
         shared = [b for seq, _ in plan for b in seq.block_table[seq.num_kv // self.block_size:]
                   if self.ref_count[b] > 1]
-        return rows + sum(min(shared.count(b), self.ref_count[b] - 1) for b in {*shared})
+        return rows + sum(min(k, self.ref_count[b] - 1) for b, k in Counter(shared).items())
 
     def _take(self, content=None):
         """A free block to write to; what the prefix cache had there is forgotten."""
@@ -1091,7 +1091,7 @@ def load_model(config, folder, device, dtype, load_format="auto", compiled=False
 
 
 def sampling_options(seqs, device):
-    """Whose tokens are cut, seeds (S,), and options (S, 4), as kernels.draw_reference wants."""
+    """For each whether tokens are cut; seeds (S,); options (S, 4): see kernels.draw_reference."""
     options = [(p.temperature, p.top_p, p.top_k, p.min_p) for p in (seq.params for seq in seqs)]
     cuts = [t > 0 and (top_p < 1 or top_k > 0 or min_p > 0) for t, top_p, top_k, min_p in options]
     seeds = kernels.upload([seq.seed for seq in seqs], device)
@@ -1141,9 +1141,8 @@ def largest_step(model, kv_cache, num_seqs, num_tokens):
     seq = Sequence([0] * length, SamplingParams(seed=0, top_p=0.5))
     # All write to one block, and nobody reads it. Short tables' kernel comes with the first prompt.
     seq.block_table = [0] * max(seq.num_tokens, 1024)
-    batch = make_batch([(seq, seq.num_tokens)] * num_seqs, kv_cache)
     with reading("the largest step; lower max_num_seqs or max_num_batched_tokens"):
-        sample(model(batch, kv_cache), [seq] * num_seqs)
+        sample(model(make_batch([(seq, length)] * num_seqs, kv_cache), kv_cache), [seq] * num_seqs)
 
 
 def beam_score(seq, num_generated=None):
@@ -1391,24 +1390,29 @@ class Engine:
         self.pool.free(*parent_of.values())        # named again, a parent has nothing left
 
     def _append_tokens(self, seq, token_ids, logprobs, tops=()):
-        """Add tokens up to the text's end, where finish_reason is set; show more of it -> seq."""
+        """Add tokens up to the text's end, where finish_reason is set; show more of it -> seq.
+
+        Where a stop string may end the text, only one token at a time.
+        """
         new, ends = token_ids[:seq.max_num_tokens - seq.num_tokens], seq.params.stop_token_ids
         if stopped := not ends.isdisjoint(new):
             new = new[:1 + next(i for i, token_id in enumerate(new) if token_id in ends)]
-        seq.token_ids += new
-        seq.cumulative_logprob += sum(logprobs[:len(new)])
-        seq.logprobs += filter(None, tops)         # if any are asked for
-        if stopped or seq.num_tokens == seq.max_num_tokens:
-            seq.finish_reason = "stop" if stopped else "length"
+        full = seq.num_tokens + len(new) == seq.max_num_tokens
+        reason, data, text = "stop" if stopped else "length" if full else None, seq.data, seq.text
         if self.tokenizer:
             # a token that stops the text is no part of it
-            seq.data += b"".join(map(self.tokenizer.token_bytes, new[:len(new) - stopped]))
+            data += b"".join(map(self.tokenizer.token_bytes, new[:len(new) - stopped]))
             # until the end, half a character is not shown, nor what may become a stop string
-            text, _ = codecs.utf_8_decode(seq.data, "replace", bool(seq.finish_reason))
+            text, _ = codecs.utf_8_decode(data, "replace", bool(reason))
             if stops := [text.find(stop) for stop in seq.params.stop if stop in text]:
-                seq.finish_reason = "stop"
-            held_back = 0 if seq.finish_reason else max(map(len, seq.params.stop), default=1) - 1
-            seq.text = text[:max(0, min([len(text) - held_back, *stops]))]
+                reason = "stop"
+            held_back = 0 if reason else max(map(len, seq.params.stop), default=1) - 1
+            text = text[:max(0, min([len(text) - held_back, *stops]))]
+        total, tops = seq.cumulative_logprob + sum(logprobs[:len(new)]), [*filter(None, tops)]
+        # nothing is called from here on, so an interrupt finds all of it done, or nothing
+        seq.cumulative_logprob, seq.data, seq.text, seq.finish_reason = total, data, text, reason
+        seq.token_ids += new
+        seq.logprobs += tops
         return seq
 
     def _count(self, num_computed, num_steps=1):

@@ -37,6 +37,7 @@ from nanopaged import (
     BlockPool,
     Engine,
     SamplingParams,
+    Tokenizer,
     find_model,
     load_config,
     load_model,
@@ -198,12 +199,17 @@ def test_texts_and_their_ends(ahead):
 
 
 def watch_launches(llm):
-    """-> a list to which each launch will add (the first positions of its rows, its steps)."""
+    """-> a list to which each launch will add (the first positions of its rows, its steps).
+
+    Asserts that it has a row for each that flies, and the smallest graph that has so many.
+    """
     graphs, launches = llm.engine.graphs, []
 
     def spy(num_steps):
-        positions = graphs.loaded.context_lens[:len(graphs.loaded.cuts)] - 1
-        launches.append((positions.tolist(), num_steps))
+        lengths, num_rows = graphs.loaded.context_lens, len(graphs.loaded.cuts)
+        assert (lengths[:num_rows] > 0).all() and (lengths[num_rows:] == 0).all()
+        assert len(lengths) == min(size for size in graphs.graphs if size >= num_rows)
+        launches.append(((lengths[:num_rows] - 1).tolist(), num_steps))
         return type(graphs).run_ahead(graphs, num_steps)
 
     graphs.run_ahead = spy
@@ -229,6 +235,56 @@ def test_the_longest_contexts_are_the_last_rows(ahead):
     launches = watch_launches(llm)
     serve(llm, [([1] * 9, params), ([2] * 3, params), ([3] * 6, params)])
     assert [positions for positions, _ in launches] == [[3, 6, 9], [19, 22, 25], [35, 38, 41]]
+
+
+def test_rows_that_move_up_take_all_along(ahead):
+    """When the first row leaves, others draw by its seed, its options, or without their cuts."""
+    requests = [([1], {"temperature": 0, "max_tokens": 18}), ([4, 5], {"temperature": 1.0}),
+                ([2, 3, 6], {"temperature": 1.2, "top_p": 0.5})]
+    requests = [(prompt, greedy_params(**{"max_tokens": 60, "seed": i} | settings))
+                for i, (prompt, settings) in enumerate(requests)]
+    llm = ahead(MODEL, block_size=4)
+    launches = watch_launches(llm)
+    outputs = serve(llm, requests)
+    assert [len(positions) for positions, _ in launches] == [3, 3, 2, 2]
+    assert llm.engine.graphs.loaded.cuts == [False, True]
+    assert [token_ids(output) for output in outputs] == [
+        token_ids(output) for output in serve(golden_llm(MODEL, block_size=4), requests)]
+
+
+def test_what_was_generated_in_flight_is_found_again(ahead):
+    """I6: blocks that a flight has filled are published, or those of tokens behind an end."""
+    for stop_token_ids in ([], golden(MODEL)[1][0][9:10]):
+        params = greedy_params(40, stop_token_ids=stop_token_ids)
+        found = []
+        for llm in (golden_llm(MODEL, block_size=4), ahead(MODEL, block_size=4)):
+            prompt = golden(MODEL)[0][0]
+            text = prompt + token_ids(serve(llm, [(prompt, params)])[0])
+            longer, = serve(llm, [(text + [1, 2, 3, 4, 5, 6], greedy_params(1))])
+            found.append(longer.num_cached_tokens)
+            assert longer.num_cached_tokens == (len(text) - 1) // 4 * 4, "the last has no K and V"
+        assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("at", [1, 2, 17, 18, 30])
+def test_an_interrupt_among_new_tokens_leaves_all_or_nothing(at, ahead, monkeypatch):
+    """Ctrl-C between tokens and text: tokens whose text is never shown, or that are added twice."""
+    def run(interrupted):
+        llm = ahead("tiny")
+        llm.engine.add_request("ROMEO:", SamplingParams(seed=1, max_tokens=40))
+        if interrupted:
+            with monkeypatch.context() as patch:
+                read = Interrupt(Tokenizer.token_bytes, at)
+                patch.setattr(Tokenizer, "token_bytes", lambda *args: read(*args))
+                with pytest.raises(KeyboardInterrupt):
+                    run_checked(llm.engine)
+        output, = run_checked(llm.engine).values()
+        return output.outputs[0]
+
+    want, got = run(False), run(True)
+    assert (got.text, got.token_ids, got.finish_reason) == (
+        want.text, want.token_ids, want.finish_reason)
+    assert got.cumulative_logprob == pytest.approx(want.cumulative_logprob, abs=1e-3)
 
 
 def test_nothing_follows_where_somebody_waits(ahead):

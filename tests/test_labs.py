@@ -307,6 +307,20 @@ LAND = """
         return [group for group in self.scheduler.running if {*group.seqs} & {*seqs}]
 """
 FLIGHTS = LAUNCH + LAND
+# as the engine does it, but without a look at stop strings
+TOGETHER = LAUNCH + """
+    def _land(self, seqs, num_steps, steps, landed):
+        landed.synchronize()
+        for row, seq in enumerate(seqs):
+            if seq.block_table and not seq.finish_reason:
+                known = seq.num_tokens
+                self._append_tokens(seq, steps[0, row].long().tolist(), steps[1, row].tolist())
+                self.pool.publish(seq, seq.num_tokens - known)
+                seq.num_kv += seq.num_tokens - known
+                self.counts["generated_tokens"] += seq.num_tokens - known
+        self._count(num_steps * len(seqs), num_steps)
+        return [*self.scheduler.running]
+"""
 
 
 def attend_but(right, wrong):
@@ -958,6 +972,7 @@ WRONG = {
         "            seq.num_kv += num_steps\n        return flying")),
     "does_not_wait_for_the_landing": (11, 2, "are read before they are there", but(
         FLIGHTS, "        landed.synchronize()\n", "")),
+    "tokens_behind_a_stop_string": (11, 2, "third of which b .* one token at a time", TOGETHER),
     "tokens_behind_an_end": (11, 2, "behind the end is dropped", but(
         FLIGHTS, "if seq.finish_reason:", "if False:")),
     "tokens_for_who_was_aborted": (11, 2, "b is aborted .* raised IndexError: .*publish", but(

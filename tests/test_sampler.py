@@ -7,7 +7,7 @@ import torch
 from helpers import make_seq
 
 import kernels
-from nanopaged import SamplingParams, sample
+from nanopaged import SamplingParams, sample, sampling_options
 
 MASK = 2**64 - 1
 GOLDEN = 0x9E3779B97F4A7C15
@@ -351,6 +351,15 @@ def test_top_k_above_the_vocabulary_keeps_all():
 def test_a_step_that_samples_nothing():
     """Only chunks of prompts are computed: options of no row that have lost their columns."""
     assert sample(torch.empty(0, 8), []) == []
+
+
+def test_only_rows_whose_tokens_are_cut_cause_a_cut():
+    """All rows are sorted, at five times the cost of a step, for options that leave nothing out."""
+    settings = [{}, {"top_p": 0.5}, {"top_p": 0.5, "temperature": 0}, {"top_k": -1}, {"top_k": 3},
+                {"min_p": 0.1}, {"min_p": 0.1, "temperature": 0}]
+    seqs = [make_seq(1, SamplingParams(**options)) for options in settings]
+    cuts, _, _ = sampling_options(seqs, torch.device("cpu"))
+    assert cuts == [False, True, False, False, True, True, False]
 
 
 def test_zeros_of_both_signs_are_equal():

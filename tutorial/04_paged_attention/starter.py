@@ -10,6 +10,7 @@ All else is the engine's own code: tutorial/labs.py cut it out of kernels.py.
 """
 
 import functools  # noqa: F401
+from array import array  # noqa: F401
 from itertools import accumulate, compress, zip_longest  # noqa: F401
 from types import SimpleNamespace  # noqa: F401
 

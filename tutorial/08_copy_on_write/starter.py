@@ -10,7 +10,7 @@
 All else is the engine's own code: tutorial/labs.py cut it out of nanopaged.py.
 """
 
-from collections import OrderedDict  # noqa: F401
+from collections import Counter, OrderedDict  # noqa: F401
 
 from nanopaged import OutOfBlocks  # noqa: F401
 

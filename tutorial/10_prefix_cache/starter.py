@@ -11,7 +11,7 @@
 All else is the engine's own code: tutorial/labs.py cut it out of nanopaged.py.
 """
 
-from collections import OrderedDict  # noqa: F401
+from collections import Counter, OrderedDict  # noqa: F401
 
 from nanopaged import OutOfBlocks  # noqa: F401
 
@@ -54,7 +54,7 @@ class BlockPool:
         # Where slot num_kv has a block already, that one is written next; a full one never is.
         shared = [b for seq, _ in plan for b in seq.block_table[seq.num_kv // self.block_size:]
                   if self.ref_count[b] > 1]
-        return rows + sum(min(shared.count(b), self.ref_count[b] - 1) for b in {*shared})
+        return rows + sum(min(k, self.ref_count[b] - 1) for b, k in Counter(shared).items())
 
     def _take(self, content=None):
         """A free block to write to; what the prefix cache had there is forgotten."""

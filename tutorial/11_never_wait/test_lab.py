@@ -19,11 +19,13 @@ from nanopaged import BeamSearchParams, SamplingParams, Sequence, SequenceGroup
 
 LONGEST = 256                                      # tokens of the model
 END = 99                                           # a token that ends a text
+STOP = 98                                          # one whose text is ".", a stop string
 
 
 def make_engine(mine, num_blocks=64, graphs=True):
     """A learner's engine without a model; its cache is a number a slot."""
-    engine = mine.Engine(make_scheduler(nanopaged, num_blocks), None, None,
+    tokenizer = SimpleNamespace(token_bytes=lambda token_id: b"." if token_id == STOP else b"a")
+    engine = mine.Engine(make_scheduler(nanopaged, num_blocks), None, tokenizer,
                          torch.zeros(1, 2, num_blocks, 4, 1, 1), torch.zeros(1, 2, 0, 4, 1, 1),
                          True, LONGEST, 0)
     engine.graphs = object() if graphs else None
@@ -328,7 +330,8 @@ def land(engine, flight, call, what):
             continue
         most = seq.max_num_tokens - len(known[seq])
         kept = call.drawn[seq][:most]
-        kept = kept[:kept.index(END) + 1] if END in kept else kept
+        for end in [END, STOP] if seq.params.stop else [END]:
+            kept = kept[:kept.index(end) + 1] if end in kept else kept
         kept_in_all += len(kept)
         check_text(engine, seq, found, kept, sums[seq], f"{what}: text {name}")
     check_counts(engine, call, counts, kept_in_all, what)
@@ -342,14 +345,16 @@ def check_text(engine, seq, found, kept, total, what):
     expect(-1 not in found, f"{what}: its tokens are read before they are there: "
            "landed.synchronize() comes first")
     expect(found[:len(kept)] != kept or len(found) == len(kept), f"{what} has {found} behind what "
-           f"was known, it ends with {kept[-1]}: what is drawn behind the end is dropped")
+           f"was known, it ends with {kept[-1]}: what is drawn behind the end is dropped" +
+           (", and where there are stop strings, _append_tokens() sees the end only if it gets one "
+            "token at a time" if seq.params.stop else ""))
     expect(found == kept, f"{what} goes on with {found}, the device drew {kept}")
     expect(all(type(token_id) is int for token_id in found), f"{what}: a token is a float: the "
            "device hands out tokens and log-probabilities in one tensor")
     total += sum(-0.5 - i for i in range(len(kept)))
     expect(abs(seq.cumulative_logprob - total) < 1e-6, f"{what}: its log-probability is "
            f"{seq.cumulative_logprob}, it must be {total}")
-    ended = seq.num_tokens == seq.max_num_tokens or kept[-1] == END
+    ended = seq.num_tokens == seq.max_num_tokens or kept[-1] in (END, STOP)
     expect(bool(seq.finish_reason) == ended, f"{what}: finish_reason is {seq.finish_reason}")
     if not ended:
         expect(seq.num_kv == seq.num_tokens - 1, f"{what}: it knows {seq.num_tokens} tokens and "
@@ -376,13 +381,14 @@ def fly(mine, seqs_of, nums, what, ends=(), aborted=None):
     """What step() does while nobody comes: launch, launch the next, land the first, and so on.
 
     seqs_of(engine) -> sequences. nums: steps of each flight. ends: {number of a text: which of its
-    draws is END}. aborted: the request that is aborted when the first flight has landed.
+    draws is an end, and END or STOP}. aborted: the request that is aborted when the first flight
+    has landed.
     """
     engine = make_engine(mine)
     seqs = seqs_of(engine)
     draws = {seq: [100 * (i + 1) + k for k in range(sum(nums))] for i, seq in enumerate(seqs)}
-    for i, k in dict(ends).items():
-        draws[seqs[i]][k] = END
+    for i, (k, end) in dict(ends).items():
+        draws[seqs[i]][k] = end
     engine.graphs, gone = Device(engine, draws), {}
     flight, call = launch(engine, seqs, 0, nums[0], f"{what}, flight 1")
     for number, num_steps in enumerate([*nums[1:], 0], 2):
@@ -419,7 +425,10 @@ def test_task_2(mine):
         return add(engine, 7, 1) + add(engine, 7, 3) + add(engine, 5, 2)
 
     fly(mine, two, [6], "texts of 8 and 10 tokens fly 6 steps")
-    fly(mine, two, [5], "5 steps, in the second of which b ends", {1: 1})
+    fly(mine, two, [5], "5 steps, in the second of which b ends", {1: (1, END)})
+    fly(mine, lambda engine: add(engine, 7, 1) + add(engine, 7, 3, params=SamplingParams(
+        max_tokens=200, stop=["."])), [5], "5 steps, in the third of which b comes to its stop "
+        "string", {1: (2, STOP)})
     fly(mine, lambda engine: add(engine, 7, 1, params=SamplingParams(max_tokens=3))
         + add(engine, 6, 2), [4], "4 steps, of which a needs 2 to reach max_tokens")
     fly(mine, lambda engine: add(engine, 6, 4, num_texts=2) + add(engine, 5, 1), [4, 2],
@@ -429,7 +438,7 @@ def test_task_2(mine):
     fly(mine, lambda engine: add(engine, 7, 1) + add(engine, 7, 1, params=SamplingParams(
         max_tokens=5)) + add(engine, 5, 2, params=SamplingParams(max_tokens=7)), [4, 4],
         "b wants 4 tokens, c 5, and 4 are in flight")
-    fly(mine, three, [4, 4, 2], "b ends in the first of three flights", {1: 2})
+    fly(mine, three, [4, 4, 2], "b ends in the first of three flights", {1: (2, END)})
     fly(mine, three, [4, 4, 2], "b is aborted while the second of three flights is in the air",
         aborted=1)
 
