@@ -682,12 +682,11 @@ class BlockPool:
         With B = 4 and num_kv = 8 both blocks are full, so one new token needs a third. And copies:
         of k sequences that share a block, and all write to it, the last one finds it its own.
         """
-        rows = sum([max(0, -(-(seq.num_kv + num_new) // self.block_size) - len(seq.block_table))
-                    for seq, num_new in plan])
+        size, refs = self.block_size, self.ref_count
+        rows = sum([max(0, -(-(seq.num_kv + n) // size) - len(seq.block_table)) for seq, n in plan])
         # Where slot num_kv has a block already, that one is written next; a full one never is.
-        shared = [b for seq, _ in plan for b in seq.block_table[seq.num_kv // self.block_size:]
-                  if self.ref_count[b] > 1]
-        return rows + sum(min(k, self.ref_count[b] - 1) for b, k in Counter(shared).items())
+        shared = [b for seq, _ in plan for b in seq.block_table[seq.num_kv // size:] if refs[b] > 1]
+        return rows + (len(shared) and sum(min(k, refs[b] - 1) for b, k in Counter(shared).items()))
 
     def _take(self, content=None):
         """A free block to write to; what the prefix cache had there is forgotten."""
@@ -1257,9 +1256,10 @@ class Engine:
             watch(self)
         # siblings of what has ended may go on
         self.pool.free(*(seq for group in moved for seq in group.seqs if seq.finish_reason))
-        self.scheduler.finish(*(group for group in moved if not group.unfinished()))
+        ended = [group for group in moved if not group.unfinished()]
+        self.scheduler.finish(*ended)
         self.flight = following
-        return [g.output() for g in moved if not (only_finished and g.unfinished())]
+        return [group.output() for group in (ended if only_finished else moved)]
 
     def _steps_ahead(self, seqs, in_flight=0):
         """How many tokens the device may draw for all before the host looks: 16, 8, 4, 2, or 0.

@@ -49,12 +49,11 @@ class BlockPool:
         With B = 4 and num_kv = 8 both blocks are full, so one new token needs a third. And copies:
         of k sequences that share a block, and all write to it, the last one finds it its own.
         """
-        rows = sum([max(0, -(-(seq.num_kv + num_new) // self.block_size) - len(seq.block_table))
-                    for seq, num_new in plan])
+        size, refs = self.block_size, self.ref_count
+        rows = sum([max(0, -(-(seq.num_kv + n) // size) - len(seq.block_table)) for seq, n in plan])
         # Where slot num_kv has a block already, that one is written next; a full one never is.
-        shared = [b for seq, _ in plan for b in seq.block_table[seq.num_kv // self.block_size:]
-                  if self.ref_count[b] > 1]
-        return rows + sum(min(k, self.ref_count[b] - 1) for b, k in Counter(shared).items())
+        shared = [b for seq, _ in plan for b in seq.block_table[seq.num_kv // size:] if refs[b] > 1]
+        return rows + (len(shared) and sum(min(k, refs[b] - 1) for b, k in Counter(shared).items()))
 
     def _take(self, content=None):
         """A free block to write to; what the prefix cache had there is forgotten."""
