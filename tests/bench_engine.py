@@ -241,7 +241,7 @@ def measure_workload(args) -> None:
             folder = smollm2.folder() if args.model == "smollm2" else args.model
         llm = LLM(str(folder), **settings)
     engine, device = llm.engine, llm.engine.kv_cache.device.type
-    ready = time.time() - started_at()
+    ready = process_age()
     prompts, lengths = make_workload(args.workload)
     params = [SamplingParams(temperature=0.6, max_tokens=most, ignore_eos=True, seed=i)
               for i, most in enumerate(lengths)]
@@ -300,14 +300,12 @@ def print_replays(engine, context: int = 800, rounds: int = 20) -> None:
             print(f"  {name} for {num_seqs} x {context}: {start.elapsed_time(end) / rounds:.3f} ms")
 
 
-def started_at() -> float:
-    """When this process was started, as time.time() counts; NaN where the system does not tell."""
+def process_age() -> float:
+    """Seconds since this process was started; NaN where the system does not tell."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        boot = next(line for line in Path("/proc/stat").read_text().splitlines()
-                    if line.startswith("btime"))
-        return int(boot.split()[1]) + ticks / os.sysconf("SC_CLK_TCK")
-    except (OSError, StopIteration, ValueError, IndexError):
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
         return float("nan")
 
 
