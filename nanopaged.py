@@ -1167,7 +1167,8 @@ def hopeful(beams, ended, params):
 #     A GPU computes a step of decodes faster than Python prepares one. So where nobody has to see
 #     each token, blocks are appended for up to 16 steps, and the device makes them by itself
 #     (kernels.DecodeGraphs): a flight. Behind it the host launches the next flight, which goes on
-#     from tokens that only the device knows. So one step() launches the next and reads this one:
+#     from tokens that only the device knows, and gets from the host new blocks only. So one step()
+#     launches the next and reads this one, all tokens of a text together:
 #
 #         device               [ flight 1 ][ flight 2      ][ flight 3      ][ ...
 #         host      launch 1, 2            read 1, launch 3  read 2, launch 4
