@@ -1395,11 +1395,11 @@ class Engine:
 
         Where a stop string may end the text, only one token at a time.
         """
-        new, ends = token_ids[:seq.max_num_tokens - seq.num_tokens], seq.params.stop_token_ids
+        left, ends = seq.max_num_tokens - seq.num_tokens, seq.params.stop_token_ids
+        new, data, text = token_ids[:left], seq.data, seq.text
         if stopped := not ends.isdisjoint(new):
             new = new[:1 + next(i for i, token_id in enumerate(new) if token_id in ends)]
-        full = seq.num_tokens + len(new) == seq.max_num_tokens
-        reason, data, text = "stop" if stopped else "length" if full else None, seq.data, seq.text
+        reason = "stop" if stopped else "length" if len(new) == left else None
         if self.tokenizer:
             # a token that stops the text is no part of it
             data += b"".join(map(self.tokenizer.token_bytes, new[:len(new) - stopped]))
