@@ -31,6 +31,7 @@ from helpers import (
 )
 
 import kernels
+import nanopaged
 from nanopaged import (
     LLM,
     BeamSearchParams,
@@ -356,7 +357,8 @@ def test_all_have_gone_and_something_still_flies(ahead):
 
 
 @pytest.mark.parametrize("owner, name, at", [
-    (GRAPHS, "go_on", 1), *[(owner, name, at) for at in (1, 2, 3, 9, 40) for owner, name in (
+    (GRAPHS, "go_on", 1), (GRAPHS, "load", 1), (nanopaged, "sampling_options", 1),
+    *[(owner, name, at) for at in (1, 2, 3, 9, 40) for owner, name in (
         (GRAPHS, "run_ahead"), (Engine, "_launch"), (Engine, "_land"), (Engine, "_append_tokens"),
         (BlockPool, "append"), (BlockPool, "publish"), (kernels, "upload"))]])
 def test_an_interrupted_flight_is_flown_again(owner, name, at, ahead, monkeypatch):

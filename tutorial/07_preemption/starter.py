@@ -50,7 +50,8 @@ class BlockPool:
         """
         size, refs = self.block_size, self.ref_count
         rows = sum([max(0, -(-(seq.num_kv + n) // size) - len(seq.block_table)) for seq, n in plan])
-        # Where slot num_kv has a block already, that one is written next; a full one never is.
+        # Where slot num_kv has a block already, that one is written next; a full one never is. Most
+        # share none: then nothing is counted, which would take longer than all else here.
         shared = [b for seq, _ in plan for b in seq.block_table[seq.num_kv // size:] if refs[b] > 1]
         return rows + (len(shared) and sum(min(k, refs[b] - 1) for b, k in Counter(shared).items()))
 
